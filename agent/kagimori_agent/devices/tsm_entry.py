@@ -177,7 +177,7 @@ class Entry:
             )
 
     def write(self, name: str, value: bytes) -> None:
-        """Pass a value to the kernel by a single call of write(2), and count it."""
+        """Give the kernel a value by a single call of write, and count it."""
         path = self.path / name
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
