@@ -1,0 +1,1 @@
+"""The verifier that a VM's owner runs: it judges evidence and releases keys under the owner's policy."""

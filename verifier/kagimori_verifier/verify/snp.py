@@ -1,0 +1,288 @@
+"""Is an attestation report authentic? (PROTOCOL.md section 6, step 3)
+
+``verify_report`` is read from top to bottom: layout, who signed, chain to a trusted root, what the certificate says
+against what the report says, signature. Certificates come from whoever had some: they are only candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from kagimori_protocol.errors import KagimoriError, Malformed
+from kagimori_protocol.snp import (
+    SIGNATURE_ALGO_ECDSA_P384_SHA384,
+    TURIN_HWID_SIZE,
+    Report,
+    TcbVersion,
+)
+from kagimori_verifier.claims import Revocation, Root, SnpClaims
+from kagimori_verifier.verify import der
+from kagimori_verifier.verify.certificate import Certificate, verify_pss
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from kagimori_verifier.roots import TrustedRoots
+    from kagimori_verifier.trail import Trail
+
+_VEK_NAMES: Final = {"vcek": "SEV-VCEK", "vlek": "SEV-VLEK"}
+_CA_NAMES: Final = {"vcek": "SEV-", "vlek": "SEV-VLEK-"}
+
+
+@dataclass(frozen=True, slots=True)
+class Endorsements:
+    """Candidates, as DER, from the evidence and from caches: certificates of any role, and revocation lists."""
+
+    certificates: Sequence[bytes]
+    revocation_lists: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    vek: Certificate
+    intermediate: Certificate
+    ark: Certificate
+    root: Root
+
+
+def verify_report(trail: Trail, raw: bytes, endorsements: Endorsements, roots: TrustedRoots) -> SnpClaims:
+    """Return what the report says, if it is authentic. Raises NotAuthentic, naming the check.
+
+    1. the bytes are a report of a known version, and signed by a VCEK or a VLEK
+    2. a certificate of that kind chains, over ASK or ASVK, to a trusted ARK that is not revoked
+    3. product line, TCB version and chip in the certificate are those of the report
+    4. the signature holds
+
+    The caller MUST still judge everything that the report says, and that the certificates are valid now.
+    """
+    # 1
+    with trail.step("report.layout", "1184 bytes of a known version, reserved parts zero"):
+        report = Report.parse(raw)
+    signer = report.signing_key
+    trail.require(
+        "report.signing-key",
+        signer in _VEK_NAMES and not report.mask_chip_key,
+        expected="signed by vcek or vlek",
+        found="masked: not signed" if report.mask_chip_key else signer,
+    )
+    trail.require(
+        "report.signature-algo",
+        report.signature_algo == SIGNATURE_ALGO_ECDSA_P384_SHA384,
+        expected="1 (ECDSA P-384 with SHA-384)",
+        found=str(report.signature_algo),
+    )
+    # 2
+    certificates = _readable(endorsements.certificates)
+    vek = _find_vek(trail, report, signer, certificates)
+    chain = _build_chain(trail, signer, vek, certificates, roots)
+    revocation = _revocation(trail, chain, endorsements.revocation_lists)
+    # 3
+    product = _agree_on_product(trail, report, chain)
+    turin = product == "Turin"
+    with trail.step("report.tcb-layout", "TCB versions in the product's order"):
+        reported, committed, current, launch = (
+            TcbVersion.parse(part, turin=turin)
+            for part in (report.reported_tcb, report.committed_tcb, report.current_tcb, report.launch_tcb)
+        )
+    certified = chain.vek.tcb()
+    trail.require(
+        "endorsement.tcb", certified == reported, expected=f"the report's REPORTED_TCB: {reported}", found=str(certified)
+    )
+    _require_chip(trail, report, chain.vek, signer, turin=turin)
+    # 4
+    _require_signature(trail, report, chain.vek)
+    chain_certificates = (chain.vek, chain.intermediate, chain.ark)
+    return SnpClaims(
+        report=report,
+        product=product,
+        root=chain.root,
+        signer=signer,
+        csp_id=chain.vek.csp_id(),
+        reported_tcb=reported,
+        committed_tcb=committed,
+        current_tcb=current,
+        launch_tcb=launch,
+        valid_from=max(certificate.valid_from for certificate in chain_certificates),
+        valid_until=min(certificate.valid_until for certificate in chain_certificates),
+        revocation=revocation,
+    )
+
+
+def _readable(certificates: Iterable[bytes]) -> list[Certificate]:
+    """Parse the candidates; one that cannot be read is no candidate, since hosts supply what they like."""
+    readable = []
+    for raw in certificates:
+        try:
+            readable.append(Certificate.parse(raw))
+        except Malformed:
+            continue
+    return readable
+
+
+def _find_vek(trail: Trail, report: Report, signer: str, certificates: Sequence[Certificate]) -> Certificate:
+    """Choose the certificate of the signing key: best the one for this chip and TCB, so that the next checks fit it."""
+    name = _VEK_NAMES[signer]
+    candidates = [certificate for certificate in certificates if certificate.common_name == name]
+    trail.require(
+        "endorsement.found",
+        bool(candidates),
+        expected=f"a {name} certificate, from the host or from the cache",
+        found=", ".join(sorted({certificate.common_name for certificate in certificates})) or "no certificates",
+    )
+    return min(candidates, key=lambda candidate: not _fits(report, candidate))
+
+
+def _fits(report: Report, candidate: Certificate) -> bool:
+    """Tell whether a candidate is meant for this report; only a hint, the checks decide."""
+    try:
+        tcb, hwid = candidate.tcb(), candidate.hwid()
+    except Malformed:
+        return False
+    return tcb.pack() == report.reported_tcb and (hwid is None or report.chip_id.startswith(hwid))
+
+
+def _build_chain(
+    trail: Trail, signer: str, vek: Certificate, certificates: Sequence[Certificate], roots: TrustedRoots
+) -> _Chain:
+    """Find and verify VEK -> ASK or ASVK -> trusted ARK; several certificates of one name are tried in turn."""
+    arks = [
+        (certificate, root)
+        for certificate in certificates
+        if (root := roots.get(certificate.spki_sha256)) is not None
+    ]
+    issuers = [certificate for certificate in certificates if certificate.fields.subject == vek.fields.issuer]
+    offered = [c for c in certificates if c.fields.issuer == c.fields.subject]
+    trail.require(
+        "endorsement.root",
+        bool(arks),
+        expected=f"an ARK of: {roots}",
+        found=", ".join(f"{ark.common_name} with key {ark.spki_sha256.hex()}" for ark in offered) or "no ARK at all",
+    )
+    reasons = []
+    for intermediate in issuers:
+        for ark, root in arks:
+            if intermediate.fields.issuer != ark.fields.subject:
+                continue
+            try:
+                ark.require_signed_by(ark)
+                intermediate.require_signed_by(ark)
+                vek.require_signed_by(intermediate)
+                vek.vek_key()
+                _require_name(intermediate, _CA_NAMES[signer] + root.product)
+            except KagimoriError as error:
+                reasons.append(f"{error.what} Expected {error.expected}, found {error.found}.")
+                continue
+            trail.note("endorsement.chain", True, expected=f"a chain to {root}", found=_names(vek, intermediate, ark))  # noqa: FBT003 - it held
+            return _Chain(vek, intermediate, ark, root)
+    trail.require(
+        "endorsement.chain",
+        False,  # noqa: FBT003 - every way to a root has been tried
+        expected=f"{vek.common_name} -> {_CA_NAMES[signer]}<product> -> a trusted ARK",
+        found="; ".join(reasons) or f"no chain over its issuer {vek.fields.issuer.rfc4514_string()}",
+    )
+    raise AssertionError  # unreachable: the check above always raises
+
+
+def _require_name(certificate: Certificate, name: str) -> None:
+    """Keep the two kinds of intermediates apart: an ASK signs VCEKs only, an ASVK signs VLEKs only."""
+    if certificate.common_name != name:
+        raise Malformed("A CA has another name.", expected=name, found=certificate.common_name)
+
+
+def _names(*certificates: Certificate) -> str:
+    return " -> ".join(certificate.common_name for certificate in certificates)
+
+
+def _revocation(trail: Trail, chain: _Chain, lists: Sequence[bytes]) -> Revocation:
+    """Ask the newest list that this ARK signed; without one, say so and leave it to policy.
+
+    A VCEK or VLEK cannot be named there (its serial number is 0), so the list is about ASK and ASVK.
+    """
+    genuine = [found for raw in lists if (found := _genuine_list(raw, chain.ark)) is not None]
+    if not genuine:
+        return Revocation(next_update=None, missing=f"no revocation list signed by {chain.ark.common_name}")
+    newest = max(genuine, key=lambda found: found.last_update_utc)
+    serial = chain.intermediate.fields.serial_number
+    trail.require(
+        "endorsement.revoked",
+        newest.get_revoked_certificate_by_serial_number(serial) is None,
+        expected=f"{chain.intermediate.common_name} not on the revocation list",
+        found=f"list of {newest.last_update_utc:%Y-%m-%d}, serial number {serial:x}",
+    )
+    return Revocation(next_update=newest.next_update_utc, missing=None)
+
+
+def _genuine_list(raw: bytes, ark: Certificate) -> x509.CertificateRevocationList | None:
+    """Read a revocation list, if it is one and this ARK signed it."""
+    try:
+        parsed = x509.load_der_x509_crl(raw)
+        if parsed.issuer != ark.fields.subject or parsed.public_bytes(Encoding.DER) != raw:
+            return None
+        _, signature = der.split_certificate(raw)
+        verify_pss(ark.require_ca(), signature, parsed.tbs_certlist_bytes, "a signature by the ARK")
+    except (ValueError, KagimoriError):
+        return None
+    return parsed
+
+
+def _agree_on_product(trail: Trail, report: Report, chain: _Chain) -> str:
+    """Root, certificate and report must speak of one product line; version 2 reports cannot all tell theirs."""
+    product = chain.root.product
+    certified, reported = chain.vek.product_line(), report.product_line()
+    trail.require(
+        "endorsement.product",
+        certified == product and (reported == product or (reported is None and report.version == 2)),  # noqa: PLR2004 - docstring
+        expected=f"{product}, as the root says",
+        found=f"certificate: {certified}, report: {reported or 'does not tell'}",
+    )
+    return product
+
+
+def _require_chip(trail: Trail, report: Report, vek: Certificate, signer: str, *, turin: bool) -> None:
+    """A VCEK names its chip, which must be the report's; a VLEK must name none but a provider.
+
+    Turin's CHIP_ID has 8 bytes, then zeros. A masked CHIP_ID (all zero) cannot be compared, so it is refused.
+    """
+    hwid = vek.hwid()
+    if signer == "vlek":
+        trail.require(
+            "endorsement.chip",
+            hwid is None and bool(vek.csp_id()),
+            expected="a VLEK without chip and with the id of its cloud provider",
+            found=f"chip {'none' if hwid is None else hwid.hex()}, provider {vek.csp_id()}",
+        )
+        return
+    size = TURIN_HWID_SIZE if turin else len(report.chip_id)
+    trail.require(
+        "endorsement.chip",
+        hwid is not None
+        and len(hwid) == size
+        and any(hwid)
+        and report.chip_id == hwid + bytes(len(report.chip_id) - size),
+        expected=f"CHIP_ID {report.chip_id[:size].hex()}, as in the report",
+        found="none" if hwid is None else hwid.hex(),
+    )
+
+
+def _require_signature(trail: Trail, report: Report, vek: Certificate) -> None:
+    """ECDSA over the first 0x2A0 bytes; R and S lie in the report in little-endian order."""
+    signature = encode_dss_signature(report.signature_r, report.signature_s)
+    try:
+        vek.vek_key().verify(signature, report.signed_bytes, ec.ECDSA(hashes.SHA384()))
+        holds = True
+    except (InvalidSignature, ValueError):
+        holds = False
+    trail.require(
+        "report.signature",
+        holds,
+        expected=f"the report's bytes signed by the key in {vek.common_name}",
+        found="a signature that verifies" if holds else "a signature that does not verify",
+    )
