@@ -107,15 +107,14 @@ def _cap_one(place: Place, pcr: int) -> Capped:
     vtpm: Vtpm
     with device_class("vtpm")(place) as vtpm:
         before = after = _read(vtpm, pcr)
-        if before == CAPPED and not _open_banks(vtpm, pcr):
-            return Capped(place.name, before, after)
-        for _ in range(ATTEMPTS):
-            expected = hashlib.sha256(after + CAP_DIGEST).digest()
-            vtpm.measure(pcr, CAP_DATA)
-            after = _read(vtpm, pcr)
-            still_open = _open_banks(vtpm, pcr)
+        expected, still_open = CAPPED, _open_banks(vtpm, pcr)
+        for attempt in range(ATTEMPTS + 1):
             if after == expected and not still_open:
                 return Capped(place.name, before, after)
+            if attempt < ATTEMPTS:
+                expected = hashlib.sha256(after + CAP_DIGEST).digest()
+                vtpm.measure(pcr, CAP_DATA)
+                after, still_open = _read(vtpm, pcr), _open_banks(vtpm, pcr)
     raise HardwareError(
         f"PCR {pcr} of {place.name} does not hold the cap after it was extended.",
         code="cap.not-held",

@@ -21,7 +21,8 @@ _LAYERS: Final[dict[int, str]] = {
     12: "resource manager's TPM",
     13: "policy",
 }
-_TPM_LAYERS: Final = frozenset({0, 12})
+_TPM_LAYERS: Final = frozenset({0, 11, 12})
+"""Layers that pass a TPM's codes on: Linux's own resource manager answers as 11 for a command that it refuses."""
 _TCTI: Final = 10
 _TCTI_NOT_SUPPORTED: Final = 0x15
 

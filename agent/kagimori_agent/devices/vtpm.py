@@ -21,19 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
-from kagimori_agent.devices.tpm_errors import explain
-from kagimori_agent.devices.tpm_places import DRIVER, Place, by_driver, read_event_log
-from kagimori_protocol.errors import HardwareError, Malformed, UsageError
-from kagimori_protocol.tpm import (
-    AK_REQUIRED,
-    EK_TEMPLATE_L1,
-    PCR_COUNT,
-    PCR_SELECT_SIZE,
-    QUALIFYING_SIZE,
-    Attest,
-    require_ek_l1,
-    selected_pcrs,
-)
 from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_CAP, TPM2_SE, TPMA_OBJECT
 from tpm2_pytss.ESAPI import ESAPI
 from tpm2_pytss.TSS2_Exception import TSS2_Exception
@@ -50,11 +37,25 @@ from tpm2_pytss.types import (
     TPMU_HA,
 )
 
+from kagimori_agent.devices.tpm_errors import explain
+from kagimori_agent.devices.tpm_places import DRIVER, Place, by_driver, read_event_log
+from kagimori_protocol.errors import HardwareError, Malformed, UsageError
+from kagimori_protocol.tpm import (
+    AK_REQUIRED,
+    EK_TEMPLATE_L1,
+    PCR_COUNT,
+    PCR_SELECT_SIZE,
+    QUALIFYING_SIZE,
+    Attest,
+    require_ek_l1,
+    selected_pcrs,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 Tss: TypeAlias = Any
-"""A type of tpm2-pytss, which has no annotations."""
+"""Something of tpm2-pytss, whose annotations do not hold (a constant of ESYS_TR is no ESYS_TR to mypy)."""
 
 SHA256: Final = int(TPM2_ALG.SHA256)
 DIGEST_SIZE: Final = 32
@@ -119,7 +120,7 @@ class Vtpm:
         self._ak: Tss = None
         tcti = place.require_tcti()
         with self._explained("opening the TPM"):
-            self._esapi = ESAPI(tcti)
+            self._esapi: Tss = ESAPI(tcti)
 
     def __enter__(self) -> Self:
         """Give the TPM itself."""
@@ -391,14 +392,16 @@ def _strictly(structure: Tss, raw: bytes) -> Tss:
     try:
         value, used = structure.unmarshal(raw)
     except TSS2_Exception as error:
-        used, found = -1, str(error)
-    else:
-        found = f"{used} of {len(raw)} bytes used"
+        raise _malformed_credential(structure, str(error)) from error
     if used != len(raw):
-        raise Malformed(
-            "A credential cannot be read.",
-            code="credential.layout",
-            expected=f"one {structure.__name__}",
-            found=found,
-        )
+        raise _malformed_credential(structure, f"{used} of {len(raw)} bytes used")
     return value
+
+
+def _malformed_credential(structure: Tss, found: str) -> Malformed:
+    return Malformed(
+        "A credential cannot be read.",
+        code="credential.layout",
+        expected=f"one {structure.__name__} and nothing after it",
+        found=found,
+    )
