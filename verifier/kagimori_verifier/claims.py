@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from kagimori_protocol.messages import Hello, Kind
     from kagimori_protocol.snp import Report, TcbVersion
     from kagimori_protocol.tpm import Attest
-    from kagimori_verifier.verify.eventlog import EventLog
+    from kagimori_verifier.verify.eventlog import Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,18 @@ class VtpmClaims:
 
 
 @dataclass(frozen=True, slots=True)
+class BootClaims(VtpmClaims):
+    """A quote together with the logged events that lead to its PCR values."""
+
+    events: Mapping[int, Sequence[Event]]
+    """For each governed PCR the events that extended it, in order; only their digests are authentic."""
+
+
+@dataclass(frozen=True, slots=True)
 class Claims:
     """All that one piece of authentic evidence says."""
 
     hello: Hello
     snp: SnpClaims
     measurement: Measurement
-    vtpm: VtpmClaims | None
-    log: EventLog | None
+    vtpm: BootClaims | None

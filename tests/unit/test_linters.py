@@ -1,0 +1,177 @@
+"""The linters are tests: a machine without one skips it, CI does not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+IN_CI = os.environ.get("CI") == "true"
+
+MOST_LINES = 500
+# What a tool writes, what is quoted whole, and what only ever grows.
+MAY_BE_LONG = re.compile(r"requirements/.*\.txt|LICENSE|CHANGELOG\.md|.*\.json")
+
+# Registries and places of one machine. Parts are joined here so that this file passes its own test.
+NAMES_OF_ELSEWHERE = re.compile(
+    "|".join(
+        (
+            r"py" + r"pi\.org",
+            r"python" + r"hosted\.org",
+            r"deb\.deb" + r"ian\.org",
+            r"snapshot\.deb" + r"ian\.org",
+            r"archive\.ubun" + r"tu\.com",
+            r"registry\.npm" + r"js\.org",
+            r"proxy\.gol" + r"ang\.org",
+            r"(?<![\w.])/" + r"work/",
+            r"(?<![\w.])/" + r"farm\b",
+            r"(?<![\w.])/" + r"tmp/plan",
+            r"(?<![\w.])/home/(?!user\b)\w+",
+            r"(?<![\w.])/root/\w+",
+        )
+    )
+)
+OPEN_WORK = re.compile(r"\b(" + "TO" + "DO|FIX" + "ME|XX" + r"X|HA" + r"CK)\b")
+# A silenced rule is named, and the reason follows: "noqa: ABC123 - reason", "type: ignore[rule]  # reason",
+# "shellcheck disable=SC1234 # reason".
+SILENCED = re.compile(
+    r"#\s*(?:noqa\b|type:\s*ignore\b|ruff:\s*noqa\b|mypy:|shellcheck\s+disable\b)", re.IGNORECASE
+)
+SILENCED_WITH_REASON = re.compile(
+    r"#\s*(?:noqa: [A-Z]+[0-9]+(?:, ?[A-Z]+[0-9]+)* - \w"
+    r"|type: ignore\[[a-z, -]+\](?:  # noqa: [A-Z]+[0-9]+)?  (?:# |- )\w"
+    r"|shellcheck disable=SC[0-9]+(?:,SC[0-9]+)* # \w)"
+)
+
+
+def _tool(name: str) -> str:
+    """Find a tool of the project's environment, else of the machine. Skips without it, but fails in CI."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if found is None:
+        explanation = f"{name} is not installed; ./dev setup brings it"
+        if IN_CI:
+            pytest.fail(explanation)
+        pytest.skip(explanation)
+    return found
+
+
+def _passes(*command: str) -> None:
+    """Run a linter at the project's root; what it says is the failure."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+
+def _tracked() -> list[str]:
+    """Name the files that git tracks and that are there, relative to the root."""
+    listed = subprocess.run(
+        [_tool("git"), "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode != 0:
+        explanation = f"not a git checkout that this user may read: {listed.stderr}"
+        if IN_CI:
+            pytest.fail(explanation)
+        pytest.skip(explanation)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def _lines() -> Iterator[tuple[str, int, str]]:
+    """Give every line of every tracked text file, with its file and number."""
+    for name in _tracked():
+        try:
+            text = (ROOT / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            yield name, number, line
+
+
+def _shell_files() -> list[str]:
+    """Name the tracked files that a shell runs: by their suffix or their first line."""
+    first_line = re.compile(rb"#! ?(?:/usr/bin/env |/bin/|/usr/bin/)(?:ba|da)?sh\b")
+    return [
+        name
+        for name in _tracked()
+        if name.endswith(".sh") or first_line.match((ROOT / name).read_bytes()[:64])
+    ]
+
+
+def test_ruff_finds_nothing() -> None:
+    """Every rule of ruff is on, and each exception in pyproject.toml has its reason."""
+    _passes(_tool("ruff"), "check", "--no-fix", "--quiet", "--output-format", "concise")
+
+
+def test_every_file_is_formatted() -> None:
+    """The formatter would change nothing."""
+    _passes(_tool("ruff"), "format", "--check", "--quiet")
+
+
+def test_mypy_finds_nothing() -> None:
+    """All four rooms and their tests are strictly typed."""
+    _passes(_tool("mypy"), "--no-error-summary")
+
+
+def test_the_rooms_import_only_what_they_may() -> None:
+    """The trust boundaries of docs/architecture.md hold, also through other modules."""
+    _passes(_tool("lint-imports"), "--no-logo", "--cache-dir", ".dev/import-linter")
+
+
+def test_shellcheck_finds_nothing() -> None:
+    """Every shell file passes every check that .shellcheckrc leaves on."""
+    files = _shell_files()
+    assert {"dev", ".ci/run"} <= set(files)
+    _passes(_tool("shellcheck"), *files)
+
+
+def test_no_file_is_a_room_without_walls() -> None:
+    """No file has more lines than a reader bears."""
+    lengths: dict[str, int] = {}
+    for name, number, _ in _lines():
+        lengths[name] = number
+    too_long = {name: n for name, n in lengths.items() if n > MOST_LINES and not MAY_BE_LONG.fullmatch(name)}
+    assert too_long == {}
+
+
+def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
+    """A clone works anywhere: with any mirror, in any directory, under any user."""
+    found = [f"{name}:{n}: {line.strip()}" for name, n, line in _lines() if NAMES_OF_ELSEWHERE.search(line)]
+    assert found == []
+
+
+def test_no_file_leaves_open_work_behind() -> None:
+    """What is to be done stands in an issue, not in a comment that nobody owns."""
+    found = [
+        f"{name}:{n}: {line.strip()}"
+        for name, n, line in _lines()
+        if name != "LICENSE" and OPEN_WORK.search(line)
+    ]
+    assert found == []
+
+
+def test_every_silenced_rule_is_named_and_has_its_reason() -> None:
+    """A reader of an exception learns which rule it breaks, and why that is right here."""
+    code = re.compile(r".*\.(?:py|pyi|sh)|" + "|".join(re.escape(name) for name in _shell_files()))
+    here = Path(__file__).relative_to(ROOT).as_posix()
+    found = [
+        f"{name}:{n}: {line.strip()}"
+        for name, n, line in _lines()
+        if code.fullmatch(name)
+        and name != here
+        and SILENCED.search(line)
+        and not SILENCED_WITH_REASON.search(line)
+    ]
+    assert found == []
+
+
+def test_the_tests_run_in_the_environment_that_was_locked() -> None:
+    """Where ./dev made the environment, every locked package is there in its locked version."""
+    if not (Path(sys.prefix) / "dev-stamp").exists():
+        pytest.skip("this environment was not made by ./dev")
+    _passes(sys.executable, "-m", "pip", "check")

@@ -1,0 +1,28 @@
+"""Is authentic evidence acceptable to its owner? (PROTOCOL.md section 6, step 9)
+
+Rules over claims and reference values. No I/O, no clock of its own; empty means no. Nothing here raises for evidence
+that displeases: every rule notes what it expected and found, and the decision is taken from the notes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kagimori_verifier.appraise.boot import appraise_boot
+from kagimori_verifier.appraise.endorsement import appraise_endorsement
+from kagimori_verifier.appraise.snp import appraise_snp
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from kagimori_verifier.appraise.reference import References
+    from kagimori_verifier.claims import Claims
+    from kagimori_verifier.trail import Trail
+
+
+def appraise(trail: Trail, claims: Claims, references: References, now: datetime) -> None:
+    """Note every rule of the VM's policy on the trail, those that hold and those that do not."""
+    appraise_endorsement(trail, claims.snp, references.policy, now)
+    appraise_snp(trail, claims.snp, references)
+    if claims.vtpm is not None:
+        appraise_boot(trail, claims.hello.purpose, claims.vtpm.pcrs, claims.vtpm.events, references)

@@ -1,0 +1,82 @@
+"""Allow or deny, as values. A decision is taken from the trail alone; nothing is released here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from kagimori_protocol.messages import Check
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kagimori_protocol.messages import Kind
+
+_ALWAYS: Final = (
+    "session.token",
+    "session.hello",
+    "session.challenge",
+    "session.fresh",
+    "vm.enabled",
+    "vm.purpose",
+    "vm.volumes",
+    "report.layout",
+    "endorsement.chain",
+    "endorsement.tcb",
+    "endorsement.chip",
+    "report.signature",
+    "report.measurement",
+    "report.vmpl",
+    "report.tie",
+    "signer.allowed",
+    "endorsement.valid",
+    "endorsement.revocation",
+    "policy.allowed",
+    "platform.allowed",
+    "product.allowed",
+    "tcb.reported",
+    "chip.allowed",
+)
+_WITH_TPM: Final = (
+    "measurement.svsm-features",
+    "manifest.ek",
+    "manifest.hello",
+    "ak.attributes",
+    "quote.qualifying-data",
+    "quote.pcr-selection",
+    "quote.signature",
+    "quote.pcr-values",
+    "eventlog.replay",
+    "cap.off",
+)
+
+MANDATORY: Final[dict[Kind, tuple[str, ...]]] = {"svsm-vtpm": _ALWAYS + _WITH_TPM, "snp-direct": _ALWAYS}
+"""Checks that must be on the trail before anything is allowed: one that was forgotten is one that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """Every check was made and holds."""
+
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deny:
+    """At least one check does not hold, or was not made."""
+
+    checks: tuple[Check, ...]
+
+
+def decide(kind: Kind, checks: Sequence[Check]) -> Allow | Deny:
+    """Decide from the trail: allow only if every mandatory check was made and every check made holds."""
+    made = {check.id for check in checks}
+    missing = tuple(
+        Check(id=check, ok=False, expected="this check to be made", found="it was not")
+        for check in MANDATORY[kind]
+        if check not in made
+    )
+    everything = (*checks, *missing)
+    if checks and all(check.ok for check in everything):
+        return Allow(everything)
+    return Deny(everything)

@@ -1,0 +1,300 @@
+"""PROTOCOL.md section 6 as a table of contents: cheap first, every failure named, secrets last.
+
+``judge`` walks steps 1 to 9. Steps 1 to 8 raise NotAuthentic at the first check that does not hold; step 9 gathers.
+Steps 10 and 11 are ``release``'s. What the owner knows comes from ``Facts``; the clock is an argument.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, Protocol
+
+from msgspec import UNSET
+
+from kagimori_protocol import messages, tpm, transcript
+from kagimori_protocol.errors import NotAuthentic, PeerError
+from kagimori_protocol.snp import VMPL_HOST_REQUESTED
+from kagimori_verifier import token, wrapping
+from kagimori_verifier.appraise import appraise
+from kagimori_verifier.claims import BootClaims, Claims
+from kagimori_verifier.decision import Allow, Deny, decide
+from kagimori_verifier.verify import eventlog
+from kagimori_verifier.verify.snp import Endorsements, verify_report
+from kagimori_verifier.verify.vtpm import verify_ak, verify_direct, verify_manifest, verify_quote
+
+if TYPE_CHECKING:
+    from kagimori_protocol.messages import Challenge, Evidence, Hello, Purpose
+    from kagimori_protocol.snp import Report
+    from kagimori_verifier.appraise.policy import Policy
+    from kagimori_verifier.appraise.reference import References
+    from kagimori_verifier.claims import Measurement, SnpClaims
+    from kagimori_verifier.roots import TrustedRoots
+    from kagimori_verifier.trail import Trail
+
+SVSM_FEATURES: Final = frozenset({"vtpm"})
+"""The one set of SVSM build features that ``svsm-vtpm`` accepts: the vTPM is the only VMPL 0 attestation service,
+and it is ephemeral (PROTOCOL.md section 2)."""
+
+VMPL: Final = 0
+"""Both kinds demand it: there the SVSM runs, or the whole guest where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """What the owner knows of one VM."""
+
+    vm_id: str
+    enabled: bool
+    purposes: frozenset[Purpose]
+    volumes: frozenset[str]
+    profile: str
+    references: References
+
+
+class Facts(Protocol):
+    """Where the owner's knowledge comes from: the database, in production."""
+
+    def vm(self, vm_id: str) -> Vm | None:
+        """Give a VM by its id, or None."""
+
+    def measurement(self, profile: str, digest: bytes) -> Measurement | None:
+        """Give the reference value that this MEASUREMENT matches in a profile, or None."""
+
+    def roots(self) -> TrustedRoots:
+        """Give AMD's roots and those that the operator added."""
+
+
+class EndorsementSource(Protocol):
+    """Where certificates come from when the evidence carries too few."""
+
+    def find(self, report: bytes, carried: bytes) -> Endorsements:
+        """Give every candidate for this report: those carried (a certificate table) and those kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Authentic evidence, judged. ``binding`` is TH; the answer is bound to it."""
+
+    evidence_sha256: bytes
+    session: bytes
+    hello: Hello
+    vm: Vm
+    claims: Claims
+    binding: bytes
+    decision: Allow | Deny
+    expires_s: int
+
+
+class Pipeline:
+    """One verifier's judgement. ``public_keys`` are the Ed25519 keys that its challenges may have been signed by."""
+
+    def __init__(
+        self,
+        *,
+        facts: Facts,
+        endorsements: EndorsementSource,
+        token_key: bytes,
+        public_keys: frozenset[bytes],
+        session_s: int,
+    ) -> None:
+        """Keep the collaborators; nothing is opened here."""
+        self._facts = facts
+        self._endorsements = endorsements
+        self._token_key = token_key
+        self._public_keys = public_keys
+        self._session_s = session_s
+
+    def challenge(self, body: bytes, now_s: int) -> Challenge:
+        """Answer a Hello. Raises Malformed, UnsupportedVersion, or NotAuthentic(``vm.enabled``)."""
+        hello = messages.decode(messages.Hello, body)
+        vm = self._facts.vm(hello.vm_id)
+        if vm is None or not vm.enabled:
+            raise NotAuthentic(
+                "A VM asks that is not enrolled here, or is disabled.",
+                code="vm.enabled",
+                expected="the id of an enrolled, enabled VM",
+                found=hello.vm_id,
+                todo="`kagimori-verifier vm list` shows the VMs; vm_id in agent.toml must be one of them.",
+            )
+        unbound = messages.Challenge(
+            version=messages.VERSION,
+            session=b"",
+            nonce=secrets.token_bytes(32),
+            expires_in=self._session_s,
+            pcr_selection=tpm.pcr_selection(vm.references.policy.quoted_pcrs),
+        )
+        return token.issue(self._token_key, body, unbound, now_s)
+
+    def judge(self, body: bytes, now_s: int, trail: Trail) -> Judgement:
+        """Judge one Evidence, writing every check on ``trail``. Raises NotAuthentic; database errors pass through."""
+        # 1 sizes, strict decoding, token authentic and unexpired, own challenge and Hello bound to it
+        with trail.step("message.decode", "an Evidence and a Hello in their one form"):
+            evidence = messages.decode(messages.Evidence, body)
+            hello = messages.decode(messages.Hello, evidence.hello)
+        challenge, session = self._own_challenge(trail, evidence, now_s)
+        t0 = transcript.t0(evidence.hello, [(signed.key, signed.challenge) for signed in evidence.challenges])
+        # 2 VM known and enabled, purpose allowed, volumes a subset of the VM's
+        vm = self._known_vm(trail, hello)
+        # 3 the report is genuine
+        carried = evidence.certificates or b""
+        endorsements = self._endorsements.find(evidence.report, carried)
+        snp = verify_report(trail, evidence.report, endorsements, self._facts.roots())
+        # 4 MEASUREMENT is a reference value; it fixes the kind; VMPL exactly as the kind demands
+        measurement = self._known_measurement(trail, vm, snp)
+        # 5 to 8, by kind
+        boot = None
+        if measurement.kind == "svsm-vtpm":
+            boot = _verify_boot(trail, evidence, hello, snp.report, t0, vm.references.policy)
+        else:
+            verify_direct(trail, snp.report, t0)
+        claims = Claims(hello=hello, snp=snp, measurement=measurement, vtpm=boot)
+        # from here on the evidence is authentic; all further reasons are gathered and told together
+        # 9 acceptable to the owner
+        appraise(trail, claims, vm.references, datetime.fromtimestamp(now_s, UTC))
+        return Judgement(
+            evidence_sha256=hashlib.sha256(body).digest(),
+            session=challenge.session,
+            hello=hello,
+            vm=vm,
+            claims=claims,
+            binding=transcript.answer_binding(t0, messages.encode(challenge), body),
+            decision=decide(measurement.kind, trail.checks),
+            expires_s=session.issued + self._session_s,
+        )
+
+    def _own_challenge(self, trail: Trail, evidence: Evidence, now_s: int) -> tuple[Challenge, token.Session]:
+        """Step 1: find this verifier's challenge in the list; hold its token against Hello, Challenge and clock."""
+        own = self._find_own(evidence)
+        trail.require(
+            "session.token",
+            own is not None,
+            expected="a challenge under one of this verifier's keys, with a token that it issued",
+            found=f"{'one' if own else 'none'} among {len(evidence.challenges)}",
+        )
+        challenge, session = own  # type: ignore[misc]  # required just above
+        hello_sha256 = hashlib.sha256(evidence.hello).digest()
+        trail.require(
+            "session.hello",
+            session.hello_sha256 == hello_sha256,
+            expected=f"the Hello that this token was issued for: SHA-256 {session.hello_sha256.hex()}",
+            found=hello_sha256.hex(),
+        )
+        unbound = token.unbound_sha256(challenge)
+        trail.require(
+            "session.challenge",
+            session.challenge_sha256 == unbound,
+            expected=f"the Challenge as it was sent: SHA-256 {session.challenge_sha256.hex()}",
+            found=unbound.hex(),
+        )
+        age = now_s - session.issued
+        trail.require(
+            "session.fresh",
+            -token.CLOCK_SKEW_S <= age <= self._session_s,
+            expected=f"issued at most {self._session_s} s ago",
+            found=f"issued {age} s ago",
+        )
+        return challenge, session
+
+    def _find_own(self, evidence: Evidence) -> tuple[Challenge, token.Session] | None:
+        for signed in evidence.challenges:
+            if signed.key not in self._public_keys:
+                continue
+            try:
+                challenge = messages.decode(messages.Challenge, signed.challenge)
+                return challenge, token.read(self._token_key, challenge.session)
+            except (wrapping.BoxBroken, PeerError):
+                continue
+        return None
+
+    def _known_vm(self, trail: Trail, hello: Hello) -> Vm:
+        """Step 2: the VM is known and enabled, may ask for this, and asks for its own volumes only."""
+        vm = self._facts.vm(hello.vm_id)
+        trail.require(
+            "vm.enabled",
+            vm is not None and vm.enabled,
+            expected="the id of an enrolled, enabled VM",
+            found=hello.vm_id + (", disabled" if vm is not None and not vm.enabled else ""),
+        )
+        assert vm is not None  # noqa: S101 - required just above; tells the type checker
+        trail.require(
+            "vm.purpose",
+            hello.purpose in vm.purposes,
+            expected=" or ".join(sorted(vm.purposes)) or "nothing: no purpose is allowed",
+            found=hello.purpose,
+        )
+        asked = set(hello.volumes)
+        trail.require(
+            "vm.volumes",
+            asked <= vm.volumes and len(asked) == len(hello.volumes) and bool(asked or hello.purpose != "unlock"),
+            expected=f"volumes among {', '.join(sorted(vm.volumes)) or 'none'}, each once",
+            found=", ".join(hello.volumes) or "none",
+        )
+        return vm
+
+    def _known_measurement(self, trail: Trail, vm: Vm, snp: SnpClaims) -> Measurement:
+        """Step 4: MEASUREMENT is a reference value and fixes the kind, never the client's word."""
+        report = snp.report
+        measurement = self._facts.measurement(vm.profile, report.measurement)
+        trail.require(
+            "report.measurement",
+            measurement is not None,
+            expected=f'a reference value of profile "{vm.profile}"',
+            found=report.measurement.hex() + (f' ("{measurement.label}")' if measurement else ""),
+        )
+        assert measurement is not None  # noqa: S101 - required just above; tells the type checker
+        trail.require(
+            "report.vmpl",
+            report.vmpl == VMPL,
+            expected=f"VMPL {VMPL}",
+            found="a report that the host asked for" if report.vmpl == VMPL_HOST_REQUESTED else f"VMPL {report.vmpl}",
+        )
+        if measurement.kind == "svsm-vtpm":
+            features = frozenset(measurement.svsm_features)
+            trail.require(
+                "measurement.svsm-features",
+                features == SVSM_FEATURES,
+                expected="an SVSM built with FEATURES=" + ",".join(sorted(SVSM_FEATURES)),
+                found=",".join(sorted(features)) or "no feature recorded",
+            )
+        return measurement
+
+
+def _verify_boot(
+    trail: Trail, evidence: Evidence, hello: Hello, report: Report, t0: bytes, policy: Policy
+) -> BootClaims:
+    """Steps 5 to 8 for ``svsm-vtpm``: manifest, AK, quote, event log."""
+    parts = (evidence.manifest, evidence.quote, evidence.pcrs, evidence.event_log, hello.ek_public, hello.ak_public)
+    trail.require(
+        "evidence.parts",
+        UNSET not in parts,
+        expected="manifest, quote, pcrs, event_log, ek_public and ak_public",
+        found=f"{sum(part is not UNSET for part in parts)} of {len(parts)}",
+    )
+    manifest, quote, pcrs, event_log, hello_ek, ak_public = parts
+    # 5
+    ek = verify_manifest(trail, report, t0, manifest, hello_ek)
+    # 6
+    ak_name = verify_ak(trail, ak_public)
+    # 7
+    vtpm = verify_quote(
+        trail,
+        ek_public=ek,
+        ak_public=ak_public,
+        ak_name=ak_name,
+        quote=quote,
+        pcrs=pcrs,
+        qualifying_data=transcript.quote_qualifying_data(t0, evidence.report, manifest),
+        selection=tpm.pcr_selection(policy.quoted_pcrs),
+    )
+    # 8 the cap is extended by the agent, after the log has ended; step 9 looks at it
+    governed = {index: digest for index, digest in vtpm.pcrs.items() if index != policy.cap_pcr}
+    with trail.step("eventlog.layout", "a crypto-agile event log"):
+        log = eventlog.parse(event_log)
+    with trail.step("eventlog.replay", "a log that leads to the quoted values"):
+        events = eventlog.replay_to(log, governed)
+    return BootClaims(
+        ek_public=vtpm.ek_public, ak_name=vtpm.ak_name, attest=vtpm.attest, pcrs=vtpm.pcrs, events=events
+    )
