@@ -8,10 +8,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent.parent
 IN_CI = os.environ.get("CI") == "true"
@@ -66,7 +70,8 @@ def _tool(name: str) -> str:
 def _passes(*command: str) -> None:
     """Run a linter at the project's root; what it says is the failure."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    if done.returncode != 0:
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
 
 
 def _tracked() -> list[str]:
@@ -132,9 +137,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 def test_no_file_is_a_room_without_walls() -> None:
     """No file has more lines than a reader bears."""
-    lengths: dict[str, int] = {}
-    for name, number, _ in _lines():
-        lengths[name] = number
+    lengths = {name: number for name, number, _ in _lines()}
     too_long = {name: n for name, n in lengths.items() if n > MOST_LINES and not MAY_BE_LONG.fullmatch(name)}
     assert too_long == {}
 
@@ -170,8 +173,52 @@ def test_every_silenced_rule_is_named_and_has_its_reason() -> None:
     assert found == []
 
 
-def test_the_tests_run_in_the_environment_that_was_locked() -> None:
+def _locked() -> Iterator[tuple[str, str]]:
+    """Give name and version of each package that requirements/dev.txt asks for on this machine."""
+    line = re.compile(r"(?P<name>[a-z0-9-]+)==(?P<version>[^ ]+)(?: ; (?P<marker>.+))? \\")
+    for text in (ROOT / "requirements" / "dev.txt").read_text(encoding="utf-8").splitlines():
+        found = line.fullmatch(text)
+        if found and (found["marker"] is None or Marker(found["marker"]).evaluate()):
+            yield found["name"], found["version"]
+
+
+def test_what_the_tests_run_with_is_what_the_lock_says() -> None:
     """Where ./dev made the environment, every locked package is there in its locked version."""
     if not (Path(sys.prefix) / "dev-stamp").exists():
         pytest.skip("this environment was not made by ./dev")
-    _passes(sys.executable, "-m", "pip", "check")
+    locked = list(_locked())
+    assert locked
+    assert [(name, metadata.version(name)) for name, _ in locked] == locked
+
+
+def test_the_lock_answers_what_pyproject_asks_for() -> None:
+    """Who raises a requirement in pyproject.toml also runs ./dev lock."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [Requirement(text) for text in project["dependencies"]]
+    asked += [Requirement(text) for extra in project["optional-dependencies"].values() for text in extra]
+    locked = dict(_locked())
+    assert [str(need) for need in asked if locked.get(need.name, "0") not in need.specifier] == []
+
+
+def test_locks_carry_hashes_and_no_address() -> None:
+    """A lock says what, never from where: the machine's own pip knows its registry or mirror."""
+    for lock in (ROOT / "requirements").glob("*.txt"):
+        text = lock.read_text(encoding="utf-8")
+        assert "--hash=sha256:" in text
+        assert "://" not in text
+        assert not re.search(r"^-", text, re.MULTILINE), f"{lock.name} carries an option of pip"
+
+
+def test_dev_alone_lists_its_verbs() -> None:
+    """A newcomer who types ./dev learns what it can do, and nothing is installed."""
+    done = subprocess.run([ROOT / "dev"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for verb in ("setup", "demo", "test", "exec", "fmt", "lock"):
+        assert re.search(rf"^  {verb}\b", done.stdout, re.MULTILINE)
+
+
+def test_dev_refuses_a_verb_that_it_does_not_know() -> None:
+    """A typing error is named, and fails."""
+    done = subprocess.run([ROOT / "dev", "tset"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "there is no verb 'tset'" in done.stderr
