@@ -149,6 +149,7 @@ class Vtpm:
                 code="tpm.ek",
                 expected=error.expected,
                 found=error.found,
+                todo="Use an SVSM whose vTPM is the TPM 2.0 reference code, as COCONUT's is.",
             ) from error
         ak = TPMT_PUBLIC.parse(_AK_TEMPLATE, objectAttributes=AK_REQUIRED | TPMA_OBJECT.USERWITHAUTH)
         ak.unique.ecc = TPMS_ECC_POINT(x=os.urandom(_COORDINATE_SIZE), y=os.urandom(_COORDINATE_SIZE))
@@ -204,7 +205,8 @@ class Vtpm:
             with self._explained("TPM2_Quote"):
                 attest, signature = self._esapi.quote(ak, select, qualifying)
                 quote = Quote(bytes(attest), bytes(signature.marshal()), pcrs)
-            if _digest_quoted(quote.attest, qualifying, selection) == _digest(pcrs):
+            read = hashlib.sha256(b"".join(value for _, value in pcrs)).digest()
+            if _digest_quoted(quote.attest, qualifying, selection) == read:
                 return quote
         raise HardwareError(
             "The PCRs that were read are not the ones that were quoted.",
@@ -307,7 +309,7 @@ class Vtpm:
             raise HardwareError(
                 "The TPM does not give the PCRs that were asked for.",
                 code="tpm.pcr-bank",
-                expected=f"PCRs {indices} of the bank {TPM2_ALG.to_string(bank)}",
+                expected=f"PCRs {indices} of the bank with TPM2_ALG 0x{bank:04x}",
                 found=f"PCRs {given}, {len(values)} values",
                 todo="Use a vTPM with an active SHA-256 bank.",
             )
@@ -326,9 +328,7 @@ class Vtpm:
 
     def _require_key(self, handle: Tss) -> Tss:
         if handle is None:
-            raise UsageError(
-                "The TPM's keys are not made yet.", code="tpm.no-keys", expected="make_keys()", found="none"
-            )
+            raise UsageError("The TPM's keys are not made yet.", code="tpm.no-keys", expected="make_keys()")
         return handle
 
     def _flush_keys(self) -> None:
@@ -338,9 +338,8 @@ class Vtpm:
                 self._flush(handle)
 
     def _flush(self, handle: Tss) -> None:
-        with contextlib.suppress(
-            TSS2_Exception
-        ):  # a TPM that cannot flush has failed before, or will be told of next
+        # A TPM that cannot flush has failed before, or will at the next command, and is told of there.
+        with contextlib.suppress(TSS2_Exception):
             self._esapi.flush_context(handle)
 
     @contextlib.contextmanager
@@ -350,10 +349,6 @@ class Vtpm:
             yield
         except TSS2_Exception as error:
             raise explain(error.rc, str(error), command, self.place.name) from error
-
-
-def _digest(pcrs: list[tuple[int, bytes]]) -> bytes:
-    return hashlib.sha256(b"".join(value for _, value in pcrs)).digest()
 
 
 def _digest_quoted(raw: bytes, qualifying: bytes, selection: bytes) -> bytes:
@@ -391,17 +386,12 @@ def _strictly(structure: Tss, raw: bytes) -> Tss:
     """Unmarshal all of ``raw``, which a verifier sent, or raise Malformed."""
     try:
         value, used = structure.unmarshal(raw)
+        found = f"{used} of {len(raw)} bytes used"
     except TSS2_Exception as error:
-        raise _malformed_credential(structure, str(error)) from error
+        value, used, found = None, -1, str(error)
     if used != len(raw):
-        raise _malformed_credential(structure, f"{used} of {len(raw)} bytes used")
+        expected = f"one {structure.__name__} and nothing after it"
+        raise Malformed(
+            "A credential cannot be read.", code="credential.layout", expected=expected, found=found
+        )
     return value
-
-
-def _malformed_credential(structure: Tss, found: str) -> Malformed:
-    return Malformed(
-        "A credential cannot be read.",
-        code="credential.layout",
-        expected=f"one {structure.__name__} and nothing after it",
-        found=found,
-    )
