@@ -95,7 +95,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class EventLog:
-    """A whole log; ``events`` includes the header, ``algorithms`` are its banks' names in the header's order.
+    """A whole log; ``events`` includes the header, ``algorithms`` names the banks that every extend is in.
 
     ``startup_locality`` is what PCR 0 starts with (its last byte): 0, 3, or 4 after an H-CRTM.
     """
@@ -108,10 +108,11 @@ class EventLog:
 def parse(raw: bytes) -> EventLog:
     """Read a whole log, as /sys/kernel/security/tpm*/binary_bios_measurements gives it.
 
-    A log that does not open with "Spec ID Event03" is read as one of SHA-1 events, which can be shown but has
-    no bank that version 1 judges. Every event must carry exactly the header's algorithms, in any order;
-    digests of unknown algorithms are kept. Padding behind the last event is refused: the kernel never gives
-    any. Raises NotAuthentic (eventlog.layout), with the byte offset, for everything else.
+    A log that does not open with "Spec ID Event03" is read as one of SHA-1 events, which can be shown but has no
+    bank that version 1 judges. Firmware may list more algorithms in the header than it computes, but what it
+    computes must be the same for every event that extends, or a bank could miss one; digests of unknown
+    algorithms are kept. Padding behind the last event is refused: the kernel never gives any.
+    Raises NotAuthentic (eventlog.layout), with the byte offset, for everything else.
     """
     if not raw:
         raise _layout("An event log is empty.", 0, "at least one event", "0 bytes")
@@ -120,11 +121,15 @@ def parse(raw: bytes) -> EventLog:
     first, offset = _legacy_event(raw, 0, 0)
     events = [first]
     if first.data.startswith(_SPEC_ID_03):
-        algorithms = _spec_id(first)
-        names = tuple(algorithm.name for algorithm in algorithms.values())
+        promised = _spec_id(first)
+        carried: frozenset[str] | None = None
         while offset < len(raw):
-            event, offset = _event2(raw, offset, _next_index(events, offset), algorithms)
+            start = offset
+            event, offset = _event2(raw, offset, _next_index(events, offset), promised)
+            if event.type != EV_NO_ACTION:
+                carried = _require_banks(event, carried, start)
             events.append(event)
+        names = tuple(name for name, _ in promised.values() if carried is None or name in carried)
     else:
         if first.data.startswith(_SPEC_ID_ANY) and not first.data.startswith(_SPEC_ID_LEGACY):
             raise _layout(
@@ -171,11 +176,11 @@ def _event2(raw: bytes, offset: int, index: int, algorithms: Mapping[int, _Algor
     """Read one TCG_PCR_EVENT2; return it and the offset behind it."""
     pcr, kind, count = _unpack(_HEAD, raw, offset, "an event's head")
     _require_pcr(pcr, offset)
-    if count != len(algorithms):
+    if not 1 <= count <= len(algorithms):
         raise _layout(
-            "An event has another number of digests than the log's header promises.",
+            "An event has no digest, or more than the log's header lists.",
             offset + 8,
-            f"{len(algorithms)} digests",
+            f"1 to {len(algorithms)} digests",
             f"{count}",
         )
     offset += _HEAD.size
@@ -185,9 +190,9 @@ def _event2(raw: bytes, offset: int, index: int, algorithms: Mapping[int, _Algor
         algorithm = algorithms.get(algorithm_id)
         if algorithm is None or algorithm.name in digests:
             raise _layout(
-                "An event has a digest twice, or one that the log's header does not promise.",
+                "An event has a digest twice, or one that the log's header does not list.",
                 offset,
-                "each of the header's algorithms once",
+                "algorithms of the header, each once",
                 f"algorithm 0x{algorithm_id:04x}",
             )
         digests[algorithm.name] = _take(raw, offset + _U16.size, algorithm.size, "a digest")
@@ -196,6 +201,19 @@ def _event2(raw: bytes, offset: int, index: int, algorithms: Mapping[int, _Algor
     start = offset + _U32.size
     data = _take(raw, start, size, "an event's data")
     return Event(index, pcr, kind, MappingProxyType(digests), data), start + size
+
+
+def _require_banks(event: Event, carried: frozenset[str] | None, offset: int) -> frozenset[str]:
+    """Return the banks of an event that extends, if they are those of all such events before it."""
+    banks = frozenset(event.digests)
+    if carried is not None and banks != carried:
+        raise _layout(
+            "An event has digests for other banks than those before it.",
+            offset,
+            ", ".join(sorted(carried)),
+            ", ".join(sorted(banks)),
+        )
+    return banks
 
 
 def _spec_id(header: Event) -> dict[int, _Algorithm]:
