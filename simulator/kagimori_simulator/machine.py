@@ -99,7 +99,7 @@ class SnpMachine(_Launch, _Platform):
 
     ``root``: whose keys sign; ``product`` defaults to the root's. ``signer``: ``vcek``, ``vlek`` or ``none`` (the firmware
     then leaves the signature empty). ``svsm``: the guest kernel runs at VMPL 2 below an SVSM instead of at VMPL 0.
-    ``overrides``: fields (names of ``kagimori_protocol.snp.FIELDS``) to set to anything before signing. ``certificates``:
+    ``overrides``: fields (names of ``kagimori_protocol.snp.FIELDS``) to set to anything before signing. ``impostor``: signs instead of the machine's own key. ``certificates``:
     what the host hands out, GUID to payload; None means the chain that belongs to the signer. ``certificate_format``:
     ``der`` or ``pem``; ``pad_certificates``: zeros up to 16 KiB.
     """
@@ -109,6 +109,7 @@ class SnpMachine(_Launch, _Platform):
     csp_id: str = field(default=DEFAULT_CSP_ID, kw_only=True)
     svsm: bool = field(default=False, kw_only=True)
     overrides: dict[str, int | bytes] = field(default_factory=dict, kw_only=True)
+    impostor: Vek | None = field(default=None, kw_only=True, repr=False)
     certificates: dict[uuid.UUID, bytes] | None = field(default=None, kw_only=True)
     certificate_format: str = field(default="der", kw_only=True)
     pad_certificates: bool = field(default=False, kw_only=True)
@@ -154,7 +155,7 @@ class SnpMachine(_Launch, _Platform):
             )
         values = self._fields(report_data, vmpl) | self.overrides
         body = _pack(values)[:SIGNED_SIZE]
-        vek = self.vek()
+        vek = self.impostor or self.vek()
         r, s = vek.sign(body) if vek else (0, 0)
         signature = r.to_bytes(_SIGNATURE_PART, "little") + s.to_bytes(_SIGNATURE_PART, "little")
         return (body + signature).ljust(REPORT_SIZE, b"\x00")
@@ -169,11 +170,12 @@ class SnpMachine(_Launch, _Platform):
 
     def certificate_table(self) -> bytes:
         """Give the host's table of certificates; empty where there is none."""
-        payloads = self._chain() if self.certificates is None else self.certificates
+        payloads = self.chain() if self.certificates is None else self.certificates
         table = pack_certificate_table(payloads) if payloads else b""
         return table.ljust(PADDED_TABLE_SIZE, b"\x00") if self.pad_certificates and table else table
 
-    def _chain(self) -> dict[uuid.UUID, bytes]:
+    def chain(self) -> dict[uuid.UUID, bytes]:
+        """Give the certificates that belong to the signer, in ``certificate_format``, by their GUIDs."""
         vek = self.vek()
         if vek is None:
             return {}
@@ -237,6 +239,17 @@ def pack_certificate_table(payloads: Mapping[uuid.UUID, bytes]) -> bytes:
         rows.append(guid.bytes + struct.pack("<II", at, len(payload)))
         at += len(payload)
     return b"".join([*rows, bytes(certificate_table.ENTRY_SIZE), *payloads.values()])
+
+
+def certificate_extent(table: bytes) -> int:
+    """Tell how many bytes of a table its entries reach; Linux cuts a plain report's table there."""
+    reach = 0
+    for at in range(0, len(table) - certificate_table.ENTRY_SIZE + 1, certificate_table.ENTRY_SIZE):
+        row = table[at : at + certificate_table.ENTRY_SIZE]
+        if not any(row):
+            break
+        reach = max(reach, sum(struct.unpack_from("<II", row, 16)))
+    return reach
 
 
 def _pack(values: Mapping[str, int | bytes]) -> bytes:

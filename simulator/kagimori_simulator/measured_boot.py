@@ -139,7 +139,7 @@ class Uki:
         return pe.image({".text": b"systemd-stub"} | self.sections)
 
 
-def grub(
+def grub(  # noqa: PLR0913 - one argument per part of a boot, by name only
     *,
     firmware: Firmware = Firmware(),
     secure_boot: SecureBoot = SecureBoot(),

@@ -7,6 +7,7 @@ it vouches for the vTPM by putting the EK into the manifest that the report comm
 from __future__ import annotations
 
 import hashlib
+import struct
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from kagimori_simulator.vtpm import Vtpm
 
 VTPM_SERVICE: Final = uuid.UUID("c476f1eb-0123-45a5-9641-b4e7dde5bfe3")
+SERVICES_MANIFEST: Final = uuid.UUID("63849ebb-3d92-4670-a1ff-58f9c94b87bb")
+_SERVICES_HEADER_SIZE: Final = 24
+_SERVICES_ENTRY_SIZE: Final = 24
 NONCE_SIZE: Final = 64
 ONLY_MANIFEST_VERSION: Final = 0
 
@@ -54,5 +58,25 @@ class Svsm:
                 expected=f"{NONCE_SIZE} bytes of nonce, service {VTPM_SERVICE}, manifest version {ONLY_MANIFEST_VERSION}",
                 found=f"{len(nonce)} bytes, service {service_guid}, manifest version {manifest_version}",
             )
-        report = self.machine.report(hashlib.sha512(nonce + self.manifest).digest(), self.vmpl)
-        return report, self.manifest, self.machine.certificate_table()
+        return self._attest(nonce, self.manifest)
+
+    def attest_services(self, nonce: bytes) -> tuple[bytes, bytes, bytes]:
+        """SVSM_ATTEST_SERVICES: as for one service, over the list of all services with their manifests.
+
+        REPORT_DATA is made in the same way, so who verifies must know which of the two was asked. Raises HardwareError.
+        """
+        if len(nonce) != NONCE_SIZE:
+            raise HardwareError(
+                "The SVSM refused an attestation request.",
+                code="simulator.svsm-invalid-parameter",
+                expected=f"{NONCE_SIZE} bytes of nonce",
+                found=f"{len(nonce)} bytes",
+            )
+        blob_at = _SERVICES_HEADER_SIZE + _SERVICES_ENTRY_SIZE
+        header = SERVICES_MANIFEST.bytes_le + struct.pack("<II", blob_at + len(self.manifest), 1)
+        entry = VTPM_SERVICE.bytes_le + struct.pack("<II", blob_at, len(self.manifest))
+        return self._attest(nonce, header + entry + self.manifest)
+
+    def _attest(self, nonce: bytes, manifest: bytes) -> tuple[bytes, bytes, bytes]:
+        report = self.machine.report(hashlib.sha512(nonce + manifest).digest(), self.vmpl)
+        return report, manifest, self.machine.certificate_table()
