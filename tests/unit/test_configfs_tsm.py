@@ -1,7 +1,7 @@
 """The report door's file work, on a fake file system that answers as Linux's configfs-tsm does.
 
-The simulator's FUSE file system runs the same class against real system calls; here are the cases that need a kernel
-to misbehave.
+The simulator's FUSE file system runs the same class against real system calls; here are the cases that need
+a kernel to misbehave.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SERVICE = ("service_provider", "service_guid", "service_manifest_version", "mani
 class Kernel:
     """A kernel's configfs-tsm: populates each new directory, counts writes, fills the blobs.
 
-    ``failures`` maps "mkdir", "rmdir", "read NAME" or "write NAME" to an errno; ``on_read`` runs when an attribute is
-    opened for reading; ``blobs`` are what a request yields (None: no such attribute).
+    ``failures`` maps "mkdir", "rmdir", "read NAME" or "write NAME" to an errno; ``on_read`` runs when an attribute
+    is opened for reading; ``blobs`` are what a request yields (None: no such attribute).
     """
 
     def __init__(self, fs: FakeFilesystem, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ _LAYERS: Final[dict[int, str]] = {
     13: "policy",
 }
 _TPM_LAYERS: Final = frozenset({0, 11, 12})
-"""Layers that pass a TPM's codes on: Linux's own resource manager answers as 11 for a command that it refuses."""
+"""Layers that pass a TPM's codes on: Linux's resource manager answers as 11 for a command it refuses."""
 _TCTI: Final = 10
 _TCTI_NOT_SUPPORTED: Final = 0x15
 
