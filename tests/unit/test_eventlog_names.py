@@ -166,6 +166,8 @@ def test_equal_events_have_no_difference() -> None:
     [
         ((b"a", b"b", b"c"), (b"a", b"x", b"c"), "Event 2 (file b) differs: expected sha256 "),
         ((b"a", b"b"), (b"a", b"x"), "Event 2 (file b) differs: expected sha256 "),
+        ((b"a", b"b", b"c"), (b"c", b"b", b"c"), "Event 1 (file a) differs: expected sha256 "),
+        ((b"a", b"b", b"c"), (b"x", b"b", b"a"), "Event 1 (file a) differs: expected sha256 "),
         ((b"a", b"b", b"c"), (b"a", b"c"), "Event 2 (file b) is missing: expected sha256 "),
         ((b"a", b"b"), (b"a",), "Event 2 (file b) is missing: expected sha256 "),
         ((b"a",), (), "Event 1 (file a) is missing: expected sha256 "),

@@ -21,7 +21,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kagimori_verifier.verify.eventlog_layout import EV_NO_ACTION, HASHES, SHA256, Event
+from kagimori_verifier.verify.eventlog_layout import HASHES, SHA256, Event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,7 +111,7 @@ def measured_part(event: Event, bank: str = SHA256) -> Measured | None:
     Says nothing about the digest itself, which is a fact only after ``eventlog.replay_to``.
     """
     digest, new = event.digests.get(bank), HASHES.get(bank)
-    if digest is None or new is None or event.type == EV_NO_ACTION:
+    if digest is None or new is None:
         return None
     for measured in _candidates(event):
         if new(measured.part).digest() == digest:
