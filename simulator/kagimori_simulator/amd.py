@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -94,12 +95,14 @@ class AmdRoot:
         """Make three new RSA-4096 keys and their certificates; takes seconds. Raises UsageError."""
         if product not in PRODUCTS:
             raise UsageError("No such product line.", expected=" or ".join(PRODUCTS), found=product)
-        ark = _authority(product, "ARK", None)
+        with ThreadPoolExecutor() as threads:  # making a key releases the interpreter's lock
+            ark_key, ask_key, asvk_key = threads.map(lambda _: _rsa_key(), range(3))
+        ark = _authority(product, "ARK", ark_key, None)
         return cls(
             product=product,
             ark=ark,
-            ask=_authority(product, "SEV", ark),
-            asvk=_authority(product, "SEV-VLEK", ark),
+            ask=_authority(product, "SEV", ask_key, ark),
+            asvk=_authority(product, "SEV-VLEK", asvk_key, ark),
             seed=secrets.token_bytes(_SEED_SIZE),
         )
 
@@ -255,9 +258,12 @@ def _with_serial_zero(certificate: x509.Certificate, issuer_key: rsa.RSAPrivateK
     return head + bytes(tbs) + tail[: -len(signature)] + signature
 
 
-def _authority(product: str, kind: str, parent: _Authority | None) -> _Authority:
-    """Make an RSA-4096 key and its certificate; without a parent it signs itself. Extensions in AMD's order."""
-    key = rsa.generate_private_key(public_exponent=65537, key_size=4096)
+def _rsa_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=4096)
+
+
+def _authority(product: str, kind: str, key: rsa.RSAPrivateKey, parent: _Authority | None) -> _Authority:
+    """Make a key's certificate; without a parent it signs itself. Extensions in AMD's order."""
     subject = _name(f"{kind}-{product}")
     start = _now()
     serial = {"ARK": 0, "SEV": _ASK_SERIAL[product], "SEV-VLEK": _ASVK_SERIAL}[kind]
@@ -362,7 +368,9 @@ def _write_private(path: Path, content: bytes) -> None:
 
 
 def _load_authority(directory: Path, name: str) -> _Authority:
-    key = serialization.load_pem_private_key((directory / f"{name}.key.pem").read_bytes(), password=None)
+    pem = (directory / f"{name}.key.pem").read_bytes()
+    # Proving again that the primes are prime takes a second, and we made them ourselves.
+    key = serialization.load_pem_private_key(pem, password=None, unsafe_skip_rsa_key_validation=True)
     if not isinstance(key, rsa.RSAPrivateKey):
         message = f"{name}.key.pem holds no RSA key"
         raise ValueError(message)  # noqa: TRY004 - the caller names one failure for every file that is not what it should be
