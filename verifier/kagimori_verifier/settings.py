@@ -1,0 +1,127 @@
+"""verifier.toml: where things lie and how much the verifier takes on. Strict: an unknown key is an error."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kagimori_protocol.errors import OperatorError
+from kagimori_verifier.keystore.kek import CredentialKek, FileKek, KekProvider
+
+DEFAULT_PATH: Final = Path("/etc/kagimori/verifier.toml")
+_SQLITE: Final = "sqlite:///"
+
+
+class KekSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the key-encryption key comes from: ``file`` (a path) or ``credential`` (systemd's name for it)."""
+
+    provider: Literal["file", "credential"] = "file"
+    path: str = "kek"
+    name: str = "kagimori-kek"
+
+
+class TlsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """TLS is welcome, but nothing depends on it: replies are signed."""
+
+    certificate: str
+    key: str
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How much is taken on; each name carries its unit."""
+
+    session_s: Annotated[int, Meta(ge=30, le=3600)] = 300
+    concurrent_requests: Annotated[int, Meta(ge=1, le=1024)] = 32
+    requests_per_minute_and_source: Annotated[int, Meta(ge=1, le=1_000_000)] = 120
+    burst_per_source: Annotated[int, Meta(ge=1, le=10_000)] = 30
+
+
+class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All of verifier.toml. Relative paths are relative to the file."""
+
+    database: str = f"{_SQLITE}verifier.db"
+    endorsements: str = "endorsements"
+    listen: Annotated[str, Meta(pattern=r"\A(\[[0-9a-fA-F:]+\]|[0-9A-Za-z.-]+):[0-9]{1,5}\Z")] = "127.0.0.1:8117"
+    public_urls: Annotated[list[str], Meta(min_length=1, max_length=4)]
+    kek: KekSettings = msgspec.field(default_factory=KekSettings)
+    tls: TlsSettings | None = None
+    limits: Limits = msgspec.field(default_factory=Limits)
+    directory: Path = msgspec.field(default=Path(), name="-directory")
+
+    @property
+    def host(self) -> str:
+        """Address to listen on."""
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """Port to listen on; 0 lets the system choose."""
+        return int(self.listen.rpartition(":")[2])
+
+    @property
+    def database_url(self) -> str:
+        """The database as SQLAlchemy wants it, with an absolute path for SQLite."""
+        if self.database.startswith(_SQLITE) and not self.database.startswith(_SQLITE + "/"):
+            return f"{_SQLITE}{self.path(self.database.removeprefix(_SQLITE))}"
+        return self.database
+
+    def path(self, name: str) -> Path:
+        """Resolve a path of the settings against the file's own directory."""
+        return self.directory / name
+
+    def kek_provider(self) -> KekProvider:
+        """Give what reads the KEK."""
+        if self.kek.provider == "credential":
+            return CredentialKek(self.kek.name)
+        return FileKek(self.path(self.kek.path))
+
+
+def load(path: Path) -> Settings:
+    """Read verifier.toml. Raises OperatorError, naming the key that is wrong."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings = msgspec.convert(content, Settings)
+    except OSError as error:
+        raise _wrong(path, "a file that can be read", str(error.strerror), "settings.read") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _wrong(path, "TOML", str(error), "settings.toml") from error
+    except msgspec.ValidationError as error:
+        raise _wrong(path, "the keys of docs/verifier.md, in their types", str(error), "settings.key") from error
+    if not 0 <= settings.port <= 0xFFFF:  # noqa: PLR2004 - the range of ports
+        raise _wrong(path, "a port up to 65535", settings.listen, "settings.key")
+    return msgspec.structs.replace(settings, directory=path.resolve().parent)
+
+
+def default_text(public_url: str, listen: str) -> str:
+    """Write the verifier.toml of a new verifier."""
+    return f"""\
+# Kagimori verifier. Relative paths are relative to this file; unknown keys are errors.
+database = "{_SQLITE}verifier.db"
+endorsements = "endorsements"        # AMD's certificates and revocation lists
+listen = "{listen}"
+public_urls = ["{public_url}"]       # what agents are told to ask
+
+[kek]                                # wraps every secret in the database: back it up, apart from the database
+provider = "file"                    # or "credential", with name = the systemd credential
+path = "kek"
+
+[limits]
+session_s = 300                      # how old a challenge may be
+concurrent_requests = 32
+requests_per_minute_and_source = 120
+burst_per_source = 30
+"""
+
+
+def _wrong(path: Path, expected: str, found: str, code: str) -> OperatorError:
+    return OperatorError(
+        f"{path} cannot be used.",
+        code=code,
+        expected=expected,
+        found=found,
+        todo="Correct it, or make a new one with `kagimori-verifier init`.",
+    )
