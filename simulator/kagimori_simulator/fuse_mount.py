@@ -1,7 +1,8 @@
 """Serve a simulated configfs-tsm as real files by FUSE, so that unmodified code meets real system calls.
 
 The mount lives in a thread of this process, so tests reach machine and items while others use the files. Python's file
-operations release the interpreter's lock, so this process may use its own mount, too.
+operations release the interpreter's lock, so this process may use its own mount, too. One thing would hang: to start a
+program with its working directory in the mount, since ``subprocess`` keeps the lock until the program runs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _PAGE: Final = 4096
 _TIMEOUTS: Final = ("attr_timeout", "entry_timeout", "negative_timeout", "ac_attr_timeout")
 """Nothing is cached: attributes appear and change without notice."""
 _REPORT_DIRECTORY: Final = "report"
+_PROBE: Final = ".probe"
 
 
 @dataclass
@@ -130,17 +132,25 @@ class Files:
         file.pending[offset:] = data
         return len(data)
 
-    def flush(self, _path: str, handle: int) -> None:
-        """Take what was written to a binary attribute. As in the kernel, an error here reaches nobody."""
-        file = self._open[handle]
-        if file.pending:
+    def release(self, _path: str, handle: int) -> None:
+        """Take what was written to a binary attribute, at the last close. As in the kernel, an error reaches nobody."""
+        file = self._open.pop(handle, None)
+        if file is not None and file.pending:
             with contextlib.suppress(OSError):
                 file.item.store(file.name, bytes(file.pending))
-            file.pending.clear()
 
-    def release(self, _path: str, handle: int) -> None:
-        """Forget an open file."""
-        self._open.pop(handle, None)
+    def decline_flush(self, directory: Path) -> None:
+        """Let the kernel learn, by one close, that we have no FLUSH; it never sends one again.
+
+        A new program's process closes its copies of our open files before it runs. FLUSH would wait there for this
+        process, which waits for the program. RELEASE comes at the last close only, as in configfs, nobody waits for it,
+        and this mount's one thread has always done it before what comes next.
+        """
+        self._tsm.items[_PROBE] = configfs.ReportItem(self._tsm)
+        try:
+            os.close(os.open(directory / _REPORT_DIRECTORY / _PROBE / "generation", os.O_RDONLY))
+        finally:
+            del self._tsm.items[_PROBE]
 
     def _find(self, path: str) -> tuple[configfs.ReportItem | None, str]:
         """Split a path into its item and attribute name; both empty for the two upper directories."""
@@ -200,6 +210,7 @@ def mounted(files: Files, directory: Path) -> Iterator[None]:
                 todo="Check that /dev/fuse is there and that fuse3 is installed.",
             )
         _restore_signals()
+        files.decline_flush(directory)
         yield
     thread.join(_STOP_S)
 

@@ -114,6 +114,7 @@ class SnpMachine(_Launch, _Platform):
     certificate_format: str = field(default="der", kw_only=True)
     pad_certificates: bool = field(default=False, kw_only=True)
     report_id: bytes = field(init=False)
+    _veks: dict[tuple[str, bytes, bytes, str], Vek] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Fill in what was not given, and boot. Raises UsageError for a value that no machine could have."""
@@ -161,12 +162,16 @@ class SnpMachine(_Launch, _Platform):
         return (body + signature).ljust(REPORT_SIZE, b"\x00")
 
     def vek(self) -> Vek | None:
-        """Give the key that signs reports now, or None where none does."""
-        if self.signer == "vcek":
-            return self.root.vcek(self.chip_id, self.reported_tcb)
-        if self.signer == "vlek":
-            return self.root.vlek(self.reported_tcb, self.csp_id)
-        return None
+        """Give the key that signs reports now, or None where none does. Its certificate is fetched once, as hosts do."""
+        wanted = (self.signer, self.chip_id, self.reported_tcb, self.csp_id)
+        if self.signer != "none" and wanted not in self._veks:
+            vlek = self.signer == "vlek"
+            self._veks[wanted] = (
+                self.root.vlek(self.reported_tcb, self.csp_id)
+                if vlek
+                else self.root.vcek(self.chip_id, self.reported_tcb)
+            )
+        return self._veks.get(wanted)
 
     def certificate_table(self) -> bytes:
         """Give the host's table of certificates; empty where there is none."""
