@@ -1,8 +1,9 @@
 """The certificate table that a host hands to its guest (AMD 56421 (GHCB), section 4.1.8.1).
 
-An array of {GUID, u32 offset, u32 length}, ended by an entry of zeros; offsets count from the table's start. GUIDs are
-stored in RFC 4122 byte order (unlike everywhere else in SNP). A payload is DER or PEM; hosts pad with zeros as they
-like. All of it is the host's word: certificates found here are hints, to be chained to a pinned root.
+An array of {GUID, u32 offset, u32 length}, ended by an entry of zeros; offsets count from the table's start.
+GUIDs are stored in RFC 4122 byte order (unlike everywhere else in SNP). A payload is DER or PEM; hosts pad
+with zeros as they like. All of it is the host's word: certificates found here are hints, to be chained to a
+pinned root.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Entry:
 def parse(table: bytes) -> tuple[Entry, ...]:
     """Read a table by its entries, not by its length; no table at all (empty, or all zeros) has none.
 
-    Unknown GUIDs are kept: hosts may add what they like. Raises Malformed for a table without an end, an entry that
-    points outside or into the entries, or a GUID that comes twice.
+    Unknown GUIDs are kept: hosts may add what they like. Raises Malformed for a table without an end, an
+    entry that points outside or into the entries, or a GUID that comes twice.
     """
     if len(table) > MAX_TABLE_SIZE:
         raise _broken(f"at most {MAX_TABLE_SIZE} bytes", f"{len(table)} bytes")
@@ -89,7 +90,7 @@ def to_der(payload: bytes) -> bytes:
 
 def _rows(table: bytes) -> list[tuple[uuid.UUID, int, int]]:
     """Collect the entries up to the one of zeros."""
-    rows = []
+    rows: list[tuple[uuid.UUID, int, int]] = []
     for at in range(0, len(table) - ENTRY_SIZE + 1, ENTRY_SIZE):
         row = table[at : at + ENTRY_SIZE]
         if not any(row):
@@ -117,7 +118,9 @@ def _unpadded_der(payload: bytes) -> bytes:
         size = int.from_bytes(payload[2:head], "big")
     end = head + size
     if end > len(payload) or any(payload[end:]):
-        raise _broken("one DER certificate, then zeros at most", f"{end} bytes announced, {len(payload)} there")
+        raise _broken(
+            "one DER certificate, then zeros at most", f"{end} bytes announced, {len(payload)} there"
+        )
     return bytes(payload[:end])
 
 

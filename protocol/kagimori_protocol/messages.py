@@ -1,9 +1,9 @@
 """The messages of PROTOCOL.md section 3 and the codec that both ends use.
 
-A message is JSON in exactly one form: the bytes that ``encode`` writes (fields in the order of their definition, no
-blanks, bytes as standard padded base64, absent optional fields left out). ``decode`` refuses everything else, and so
-refuses unknown and repeated fields, trailing bytes, loose base64 and numbers in disguise at one stroke (ADR 0001).
-Hashes and signatures cover the exact bytes sent.
+A message is JSON in exactly one form: the bytes that ``encode`` writes (fields in the order of their
+definition, no blanks, bytes as standard padded base64, absent optional fields left out). ``decode`` refuses
+everything else, and so refuses unknown and repeated fields, trailing bytes, loose base64 and numbers in
+disguise at one stroke (ADR 0001). Hashes and signatures cover the exact bytes sent.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type")
     """Base of all messages: immutable, strict, and named on the wire, so that none can pass for another."""
 
 
-class Hello(Message, kw_only=True, tag="hello"):
+class Hello(Message, frozen=True, kw_only=True, tag="hello"):
     """A VM asks for a challenge. Everything in it becomes part of the tie; ``kind`` is only a hint."""
 
     version: int
@@ -65,7 +65,7 @@ class Hello(Message, kw_only=True, tag="hello"):
     agent: Annotated[str, Meta(pattern=r"\A[\x20-\x7e]{1,64}\Z")]
 
 
-class Challenge(Message, kw_only=True, tag="challenge"):
+class Challenge(Message, frozen=True, kw_only=True, tag="challenge"):
     """The verifier's nonce, and the PCRs that it wants quoted (a marshalled TPML_PCR_SELECTION)."""
 
     version: int
@@ -96,7 +96,7 @@ class PcrValue(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     digest: Digest
 
 
-class Evidence(Message, kw_only=True, tag="evidence"):
+class Evidence(Message, frozen=True, kw_only=True, tag="evidence"):
     """All that a VM can show. ``hello`` is the Hello body, verbatim; ``report`` is checked for its size later."""
 
     version: int
@@ -117,7 +117,7 @@ class Credential(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     encrypted_secret: Annotated[bytes, Meta(max_length=512)]
 
 
-class Sealed(Message, kw_only=True, tag="sealed"):
+class Sealed(Message, frozen=True, kw_only=True, tag="sealed"):
     """An answer that only this VM's agent can open; ``credential`` is absent for kinds without a TPM."""
 
     version: int
@@ -126,7 +126,7 @@ class Sealed(Message, kw_only=True, tag="sealed"):
     sealed: Annotated[bytes, Meta(min_length=1, max_length=1 << 18)]
 
 
-class Pending(Message, kw_only=True, tag="pending"):
+class Pending(Message, frozen=True, kw_only=True, tag="pending"):
     """A person has to approve first; the same Evidence, sent again, asks how far that is."""
 
     version: int
@@ -135,7 +135,7 @@ class Pending(Message, kw_only=True, tag="pending"):
     retry_after: Annotated[int, Meta(ge=1, le=3600)]
 
 
-class Denial(Message, kw_only=True, tag="denial"):
+class Denial(Message, frozen=True, kw_only=True, tag="denial"):
     """The evidence is not authentic, or not from this VM. ``code`` is coarse on purpose: whoever reads it is unproven."""
 
     version: int
@@ -143,14 +143,14 @@ class Denial(Message, kw_only=True, tag="denial"):
     code: Code
 
 
-class VersionsSpoken(Message, kw_only=True, tag="unsupported-version"):
+class VersionsSpoken(Message, frozen=True, kw_only=True, tag="unsupported-version"):
     """The request's version is not spoken here; these are."""
 
     version: int
     versions: list[int]
 
 
-class Confirm(Message, kw_only=True, tag="confirm"):
+class Confirm(Message, frozen=True, kw_only=True, tag="confirm"):
     """The agent tells what became of an answer; only who opened both of its layers can make the MAC."""
 
     version: int
@@ -159,7 +159,7 @@ class Confirm(Message, kw_only=True, tag="confirm"):
     mac: Digest
 
 
-class Receipt(Message, kw_only=True, tag="receipt"):
+class Receipt(Message, frozen=True, kw_only=True, tag="receipt"):
     """A Confirm was verified and written down."""
 
     version: int
@@ -189,7 +189,7 @@ class Check(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     found: Text
 
 
-class Keys(Message, kw_only=True, tag="keys"):
+class Keys(Message, frozen=True, kw_only=True, tag="keys"):
     """Payload of a Sealed: the keys, one for each volume that was asked for."""
 
     confirm_key: Digest
@@ -200,7 +200,7 @@ class Keys(Message, kw_only=True, tag="keys"):
         return f"Keys(volumes={self.volumes!r})"
 
 
-class Verdict(Message, kw_only=True, tag="verdict"):
+class Verdict(Message, frozen=True, kw_only=True, tag="verdict"):
     """Payload of a Sealed: what the verifier thinks of authentic evidence, without any key."""
 
     confirm_key: Digest
@@ -241,8 +241,8 @@ _VERSION_DECODER: Final = msgspec.json.Decoder(_Versioned)
 def decode(kind: type[T], body: bytes) -> T:
     """Read a message (or a union of messages) strictly.
 
-    Raises UnsupportedVersion if the version is not spoken here, and Malformed for everything else: too large, not
-    JSON, an unknown, repeated, missing or wrong field, or any form but the one that ``encode`` writes.
+    Raises UnsupportedVersion if the version is not spoken here, and Malformed for everything else: too large,
+    not JSON, an unknown, repeated, missing or wrong field, or any form but the one that ``encode`` writes.
     """
     if len(body) > MAX_BODY:
         raise _malformed("message.size", f"at most {MAX_BODY} bytes", f"{len(body)} bytes")
@@ -268,7 +268,7 @@ def _decode(kind: type[T], body: bytes, *, versioned: bool) -> T:
             )
         message = decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # msgspec's texts name the field and the rule and quote no values.
+        # msgspec's texts name the field and the rule; of values they quote none but a wrong type or an unknown name.
         raise _malformed("message.decode", "a message of PROTOCOL.md section 3", str(error)) from None
     if msgspec.json.encode(message) != body:
         raise _malformed(
@@ -276,7 +276,7 @@ def _decode(kind: type[T], body: bytes, *, versioned: bool) -> T:
             "the one form of docs/protocol.md: fields in order, no blanks, canonical base64, nothing twice",
             "another form of the same content",
         )
-    return message  # type: ignore[return-value]  # the decoder was made for this kind
+    return message
 
 
 def _malformed(code: str, expected: str, found: str) -> Malformed:

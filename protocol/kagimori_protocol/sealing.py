@@ -1,8 +1,8 @@
 """The two layers around an answer (PROTOCOL.md section 5), and the MAC that confirms it.
 
-Outer layer: HPKE (RFC 9180, base mode) with ML-KEM-768 + X25519, HKDF-SHA256 and AES-256-GCM: only the agent's process
-opens it, and traffic recorded today does not open to a quantum computer later. Inner layer, where there is a TPM:
-AES-256-GCM under S, which only that TPM gives out. No suite is negotiated.
+Outer layer: HPKE (RFC 9180, base mode) with ML-KEM-768 + X25519, HKDF-SHA256 and AES-256-GCM: only the
+agent's process opens it, and traffic recorded today does not open to a quantum computer later. Inner layer,
+where there is a TPM: AES-256-GCM under S, which only that TPM gives out. No suite is negotiated.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class ResponseKey:
 def seal(public_key: bytes, binding: bytes, payload: bytes, secret: bytes | None) -> bytes:
     """Put ``payload`` into both layers; without a TPM (``secret`` is None) into the outer one only.
 
-    ``public_key`` is a Hello's hpke_public_key, ``binding`` is TH. Raises Malformed for a key that is none. Random.
+    ``public_key`` is a Hello's hpke_public_key, ``binding`` is TH. Raises Malformed for a key that is none.
+    Random.
     """
     try:
         recipient = MLKEM768X25519PublicKey(

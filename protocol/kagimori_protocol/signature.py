@@ -1,8 +1,8 @@
 """The signature that makes a reply an answer (PROTOCOL.md section 3).
 
-``Kagimori-Signature: ed25519; key=<key id>; sig=<base64>`` covers ``label || 0x00 || SHA-256(request body) || reply
-body``, with a label for each type of reply. Bound to the request, a reply cannot answer another one; bound to its type,
-it cannot pass for another.
+``Kagimori-Signature: ed25519; key=<key id>; sig=<base64>`` covers ``label || 0x00 || SHA-256(request body) ||
+reply body``, with a label for each type of reply. Bound to the request, a reply cannot answer another one;
+bound to its type, it cannot pass for another.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def sign(private_key: Ed25519PrivateKey, request: bytes, reply: bytes) -> str:
 def verify(public_keys: Collection[bytes], header: str | None, request: bytes, reply: bytes) -> bytes:
     """Return the public key (of ``public_keys``, raw Ed25519) that signed this reply to this request.
 
-    Raises NotAuthentic with code ``reply.unsigned``, ``reply.key`` or ``reply.signature``; without keys nothing can
-    be an answer.
+    Raises NotAuthentic with code ``reply.unsigned``, ``reply.key`` or ``reply.signature``; without keys
+    nothing can be an answer.
     """
     match = _HEADER_FORM.match(header or "")
     if match is None:
@@ -83,7 +83,9 @@ def verify(public_keys: Collection[bytes], header: str | None, request: bytes, r
         signature = base64.b64decode(match[2], validate=True)
         if base64.b64encode(signature).decode() != match[2]:
             raise InvalidSignature
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, signed_bytes(_reply_type(reply), request, reply))
+        Ed25519PublicKey.from_public_bytes(key).verify(
+            signature, signed_bytes(_reply_type(reply), request, reply)
+        )
     except (InvalidSignature, binascii.Error, ValueError):
         raise NotAuthentic(
             "A reply's signature does not verify.",

@@ -1,8 +1,9 @@
 """The 1184 bytes of an SEV-SNP attestation report, and AMD's names for what is in them.
 
-Source: AMD 56860 (SEV-SNP Firmware ABI), table "ATTESTATION_REPORT Structure"; all integers little-endian. This module
-says what the bytes *mean*; whether they are authentic or acceptable is the verifier's business. Unknown POLICY or
-PLATFORM_INFO bits are therefore kept and named ("bit 6"), never refused here: whether they are welcome is policy.
+Source: AMD 56860 (SEV-SNP Firmware ABI), table "ATTESTATION_REPORT Structure"; all integers little-endian.
+This module says what the bytes *mean*; whether they are authentic or acceptable is the verifier's business.
+Unknown POLICY or PLATFORM_INFO bits are therefore kept and named ("bit 6"), never refused here: whether they
+are welcome is policy.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def flag_names(value: int, names: dict[int, str]) -> tuple[str, ...]:
 class Report:
     """A parsed ATTESTATION_REPORT, in AMD's field names. Nothing in it has been verified.
 
-    Byte fields have the sizes in ``FIELDS``; TCB fields stay raw until the product line is known, since their order
-    depends on it (``Report.tcb``). ``raw`` holds the whole report.
+    Byte fields have the sizes in ``FIELDS``; TCB fields stay raw until the product line is known, since their
+    order depends on it (``Report.tcb``). ``raw`` holds the whole report.
     """
 
     raw: bytes
@@ -203,8 +204,8 @@ class Report:
     def parse(cls, raw: bytes) -> Report:
         """Read a report strictly: exact size, known version, every reserved byte zero.
 
-        Raises Malformed, naming the field. Reports of version 2 have no CPUID fields and reports before version 5 no
-        mitigation vectors; there those bytes must be zero too.
+        Raises Malformed, naming the field. Reports of version 2 have no CPUID fields and reports before
+        version 5 no mitigation vectors; there those bytes must be zero too.
         """
         if len(raw) != REPORT_SIZE:
             raise Malformed(
@@ -264,7 +265,8 @@ class Report:
     def product_line(self) -> str | None:
         """Tell the product line from family and model: ``Milan``, ``Genoa``, ``Turin``, or None where they cannot.
 
-        Version 2 carries no CPUID fields; only Turin's short CHIP_ID shows there. Genoa includes Bergamo and Siena.
+        Version 2 carries no CPUID fields; only Turin's short CHIP_ID shows there. Genoa includes Bergamo and
+        Siena.
         """
         if self.version == 2:  # noqa: PLR2004 - the report version, as in the docstring
             turin = any(self.chip_id[:TURIN_HWID_SIZE]) and not any(self.chip_id[TURIN_HWID_SIZE:])
@@ -286,6 +288,7 @@ _MODELS: Final = (
 _WITH_CPUID: Final = 3
 _WITH_MITIGATIONS: Final = 5
 _KEY_INFO_KNOWN: Final = 0b11111
+"""AUTHOR_KEY_EN, MASK_CHIP_KEY and SIGNING_KEY; the other bits of KEY_INFO must be zero."""
 
 
 def _value(name: str, raw: bytes) -> int | bytes:
@@ -299,7 +302,7 @@ def _value(name: str, raw: bytes) -> int | bytes:
 
 
 def _reserved_mask(version: int) -> int:
-    """Give, as one big integer, ones over every byte that must be zero in this version."""
+    """Give, as one big integer, ones over every bit that must be zero in this version."""
     mask = bytearray(b"\xff" * REPORT_SIZE)
     for name, (offset, size) in FIELDS.items():
         absent = (name in _CPUID_FIELDS and version < _WITH_CPUID) or (
@@ -307,6 +310,8 @@ def _reserved_mask(version: int) -> int:
         )
         if not absent:
             mask[offset : offset + size] = bytes(size)
+    offset, size = FIELDS["key_info"]
+    mask[offset : offset + size] = (~_KEY_INFO_KNOWN & 0xFFFFFFFF).to_bytes(size, "little")
     return int.from_bytes(mask, "big")
 
 
@@ -316,10 +321,9 @@ _RESERVED: Final[dict[int, int]] = {version: _reserved_mask(version) for version
 def _require_reserved_zero(raw: bytes, version: int) -> None:
     """Refuse a report with a set bit where the specification says "must be zero"."""
     wrong = int.from_bytes(raw, "big") & _RESERVED[version]
-    key_info = int.from_bytes(raw[0x048:0x04C], "little")
-    if not wrong and not key_info & ~_KEY_INFO_KNOWN:
+    if not wrong:
         return
-    offset = REPORT_SIZE - (wrong.bit_length() + 7) // 8 if wrong else FIELDS["key_info"].offset
+    offset = REPORT_SIZE - (wrong.bit_length() + 7) // 8
     raise Malformed(
         "An attestation report has bytes set in a part that must be zero.",
         code="report.reserved",

@@ -1,8 +1,9 @@
 """TPM structures as far as they are judged: the EK template, object names, quotes, PCR selections.
 
-Bytes are decoded by tpm2-pytss's types (the TSS's own unmarshalling), and each is accepted only if it decodes to its
-last byte and encodes back to itself: what was hashed, what was signed and what was read are then the same thing.
-Source: TCG TPM 2.0 Library part 2 (structures) and TCG EK Credential Profile 2.5, section B.3.3 (template L-1).
+Bytes are decoded by tpm2-pytss's types (the TSS's own unmarshalling), and each is accepted only if it decodes
+to its last byte and encodes back to itself: what was hashed, what was signed and what was read are then the
+same thing. Source: TCG TPM 2.0 Library part 2 (structures) and TCG EK Credential Profile 2.5, section B.3.3
+(template L-1).
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def require_ek_l1(raw: bytes) -> bytes:
     """
     expected = f"{EK_SIZE} bytes: TPMT_PUBLIC of the TCG EK template L-1 with a 2048-bit modulus"
     if len(raw) != EK_SIZE:
-        raise Malformed("An EK has the wrong size.", code="ek.size", expected=expected, found=f"{len(raw)} bytes")
+        raise Malformed(
+            "An EK has the wrong size.", code="ek.size", expected=expected, found=f"{len(raw)} bytes"
+        )
     if raw[: len(_EK_HEAD)] != _EK_HEAD:
         at = next(i for i, byte in enumerate(_EK_HEAD) if raw[i] != byte)
         raise Malformed(
@@ -204,7 +207,10 @@ def make_credential(ek_public: bytes, name: bytes, secret: bytes) -> tuple[bytes
         id_object, encrypted_secret = _make_credential(public, secret, TPM2B_NAME(name=name))
     except ValueError as error:
         raise Malformed(
-            "No credential can be made for an EK.", code="ek.modulus", found=str(error), expected="an RSA 2048 key"
+            "No credential can be made for an EK.",
+            code="ek.modulus",
+            found=str(error),
+            expected="an RSA 2048 key",
         ) from error
     return bytes(id_object.marshal()), bytes(encrypted_secret.marshal())
 

@@ -54,7 +54,10 @@ def svsm_report_data(nonce: bytes, manifest: bytes) -> bytes:
     """
     if len(nonce) != hashlib.sha512().digest_size:
         raise Malformed(
-            "An SVSM nonce has the wrong size.", code="svsm.nonce", expected="64 bytes", found=f"{len(nonce)} bytes"
+            "An SVSM nonce has the wrong size.",
+            code="svsm.nonce",
+            expected="64 bytes",
+            found=f"{len(nonce)} bytes",
         )
     return hashlib.sha512(nonce + manifest).digest()
 
@@ -72,6 +75,11 @@ def quote_qualifying_data(t0_value: bytes, report: bytes, manifest: bytes) -> by
 def answer_binding(t0_value: bytes, challenge: bytes, evidence: bytes) -> bytes:
     """TH (32 bytes): binds an answer to one verifier's Challenge and to the exact Evidence that it answers."""
     return _labelled(hashlib.sha256, LABEL_ANSWER, t0_value, _sha256(challenge), _sha256(evidence))
+
+
+def session_id(session: bytes) -> str:
+    """Name a session for people, logs and the ledger: the first 8 bytes of its token's SHA-256, in hex."""
+    return _sha256(session)[:8].hex()
 
 
 def _sha256(data: bytes) -> bytes:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Root:
     """A root key that a chain may end in: SHA-256 of its SubjectPublicKeyInfo, its product line, whose it is.
 
-    ``label`` is None for AMD's own, which are pinned in the code; others exist only because an operator added them.
+    ``label`` is None for AMD's own, which are pinned in the code; others exist only because an operator added
+    them.
     """
 
     spki_sha256: bytes

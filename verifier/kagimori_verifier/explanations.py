@@ -85,6 +85,10 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
     "pcr": Explanation(9, "What was booted is what you recorded.", _REFERENCE),
     "cap.off": Explanation(9, "Nobody in this boot has used its one chance before.", "Reboot the VM: a booted system cannot get its key again."),
     "boot.unopened": Explanation(10, "This boot has not confirmed before that its volumes are open.", "Reboot the VM: a booted system cannot get its key again."),
+    "confirm.session": Explanation(12, "A Confirm belongs to an answer that was given.", _FRESH),
+    "confirm.mac": Explanation(12, "A Confirm comes from whoever opened both layers of the answer.", _ATTACK),
+    "confirm.order": Explanation(12, "An outcome that is final stays.", _ATTACK),
+    "eventlog.bank": Explanation(8, "The log has digests of the SHA-256 bank.", "See `kagimori-agent doctor` in the VM."),
     "boot.ungranted": Explanation(10, "Without a TPM, a boot gets its keys once.", "Reboot the VM."),
 }
 

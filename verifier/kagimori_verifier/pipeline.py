@@ -1,7 +1,8 @@
 """PROTOCOL.md section 6 as a table of contents: cheap first, every failure named, secrets last.
 
-``judge`` walks steps 1 to 9. Steps 1 to 8 raise NotAuthentic at the first check that does not hold; step 9 gathers.
-Steps 10 and 11 are ``release``'s. What the owner knows comes from ``Facts``; the clock is an argument.
+``judge`` walks steps 1 to 9. Steps 1 to 8 raise NotAuthentic at the first check that does not hold; step 9
+gathers. Steps 10 and 11 are ``release``'s. What the owner knows comes from ``Facts``; the clock is an
+argument.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from msgspec import UNSET
 
@@ -26,7 +27,9 @@ from kagimori_verifier.verify.snp import Endorsements, verify_report
 from kagimori_verifier.verify.vtpm import verify_ak, verify_direct, verify_manifest, verify_quote
 
 if TYPE_CHECKING:
-    from kagimori_protocol.messages import Challenge, Evidence, Hello, Purpose
+    from collections.abc import Sequence
+
+    from kagimori_protocol.messages import Challenge, Evidence, Hello, PcrValue, Purpose, Quote
     from kagimori_protocol.snp import Report
     from kagimori_verifier.appraise.policy import Policy
     from kagimori_verifier.appraise.reference import References
@@ -147,7 +150,8 @@ class Pipeline:
         # 5 to 8, by kind
         boot = None
         if measurement.kind == "svsm-vtpm":
-            boot = _verify_boot(trail, evidence, hello, snp.report, t0, vm.references.policy)
+            parts = _vtpm_parts(trail, evidence, hello)
+            boot = _verify_boot(trail, parts, snp.report, t0, vm.references.policy)
         else:
             verify_direct(trail, snp.report, t0)
         claims = Claims(hello=hello, snp=snp, measurement=measurement, vtpm=boot)
@@ -228,7 +232,9 @@ class Pipeline:
         asked = set(hello.volumes)
         trail.require(
             "vm.volumes",
-            asked <= vm.volumes and len(asked) == len(hello.volumes) and bool(asked or hello.purpose != "unlock"),
+            asked <= vm.volumes
+            and len(asked) == len(hello.volumes)
+            and bool(asked or hello.purpose != "unlock"),
             expected=f"volumes among {', '.join(sorted(vm.volumes)) or 'none'}, each once",
             found=", ".join(hello.volumes) or "none",
         )
@@ -249,7 +255,9 @@ class Pipeline:
             "report.vmpl",
             report.vmpl == VMPL,
             expected=f"VMPL {VMPL}",
-            found="a report that the host asked for" if report.vmpl == VMPL_HOST_REQUESTED else f"VMPL {report.vmpl}",
+            found="a report that the host asked for"
+            if report.vmpl == VMPL_HOST_REQUESTED
+            else f"VMPL {report.vmpl}",
         )
         if measurement.kind == "svsm-vtpm":
             features = frozenset(measurement.svsm_features)
@@ -262,37 +270,58 @@ class Pipeline:
         return measurement
 
 
-def _verify_boot(
-    trail: Trail, evidence: Evidence, hello: Hello, report: Report, t0: bytes, policy: Policy
-) -> BootClaims:
-    """Steps 5 to 8 for ``svsm-vtpm``: manifest, AK, quote, event log."""
-    parts = (evidence.manifest, evidence.quote, evidence.pcrs, evidence.event_log, hello.ek_public, hello.ak_public)
+class _VtpmParts(NamedTuple):
+    """What evidence of kind ``svsm-vtpm`` has beside the report, all of it there."""
+
+    manifest: bytes
+    quote: Quote
+    pcrs: Sequence[PcrValue]
+    event_log: bytes
+    ek_public: bytes
+    ak_public: bytes
+
+
+def _vtpm_parts(trail: Trail, evidence: Evidence, hello: Hello) -> _VtpmParts:
+    """Return the parts that a TPM contributes. Raises NotAuthentic if one is missing."""
+    parts = {
+        "manifest": evidence.manifest,
+        "quote": evidence.quote,
+        "pcrs": evidence.pcrs,
+        "event_log": evidence.event_log,
+        "ek_public": hello.ek_public,
+        "ak_public": hello.ak_public,
+    }
+    missing = [name for name, part in parts.items() if part is UNSET]
     trail.require(
         "evidence.parts",
-        UNSET not in parts,
-        expected="manifest, quote, pcrs, event_log, ek_public and ak_public",
-        found=f"{sum(part is not UNSET for part in parts)} of {len(parts)}",
+        not missing,
+        expected=", ".join(parts),
+        found="without " + ", ".join(missing) if missing else "all of them",
     )
-    manifest, quote, pcrs, event_log, hello_ek, ak_public = parts
+    return _VtpmParts(**parts)  # type: ignore[arg-type]  # none is UNSET, as required just above
+
+
+def _verify_boot(trail: Trail, parts: _VtpmParts, report: Report, t0: bytes, policy: Policy) -> BootClaims:
+    """Steps 5 to 8 for ``svsm-vtpm``: manifest, AK, quote, event log."""
     # 5
-    ek = verify_manifest(trail, report, t0, manifest, hello_ek)
+    ek = verify_manifest(trail, report, t0, parts.manifest, parts.ek_public)
     # 6
-    ak_name = verify_ak(trail, ak_public)
+    ak_name = verify_ak(trail, parts.ak_public)
     # 7
     vtpm = verify_quote(
         trail,
         ek_public=ek,
-        ak_public=ak_public,
+        ak_public=parts.ak_public,
         ak_name=ak_name,
-        quote=quote,
-        pcrs=pcrs,
-        qualifying_data=transcript.quote_qualifying_data(t0, evidence.report, manifest),
+        quote=parts.quote,
+        pcrs=parts.pcrs,
+        qualifying_data=transcript.quote_qualifying_data(t0, report.raw, parts.manifest),
         selection=tpm.pcr_selection(policy.quoted_pcrs),
     )
     # 8 the cap is extended by the agent, after the log has ended; step 9 looks at it
     governed = {index: digest for index, digest in vtpm.pcrs.items() if index != policy.cap_pcr}
     with trail.step("eventlog.layout", "a crypto-agile event log"):
-        log = eventlog.parse(event_log)
+        log = eventlog.parse(parts.event_log)
     with trail.step("eventlog.replay", "a log that leads to the quoted values"):
         events = eventlog.replay_to(log, governed)
     return BootClaims(

@@ -1,8 +1,8 @@
 """Whose word counts: AMD's root keys, pinned by the SHA-256 of their SubjectPublicKeyInfo.
 
-Certificates are not shipped (ADR 0003): AMD re-issues them, hosts and caches carry them, and a pin is what decides. The
-values were computed from certificates found byte-identical in seven or more independent public repositories, and are
-tested against `vectors/amd-ca` where those are present.
+Certificates are not shipped (ADR 0003): AMD re-issues them, hosts and caches carry them, and a pin is what
+decides. The values were computed from certificates found byte-identical in seven or more independent public
+repositories, and are tested against `vectors/amd-ca` where those are present.
 """
 
 from __future__ import annotations

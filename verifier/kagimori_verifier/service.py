@@ -11,9 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from kagimori_protocol import messages, signature
+from kagimori_protocol import messages, signature, transcript
 from kagimori_protocol.errors import Malformed, NotAuthentic, PeerError, UnsupportedVersion
-from kagimori_verifier import token
 from kagimori_verifier.trail import Trail
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ class Service:
         self._refusals.note(
             at_s=self._now_s(),
             path=path,
-            session=token.session_id(session) if session else None,
+            session=transcript.session_id(session) if session else None,
             vm_id=_vm_of(request),
             error=error,
             source=source,

@@ -40,8 +40,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     burst_per_source: Annotated[int, Meta(ge=1, le=10_000)] = 30
 
 
-class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """All of verifier.toml. Relative paths are relative to the file."""
+class _File(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may stand in verifier.toml."""
 
     database: str = f"{_SQLITE}verifier.db"
     endorsements: str = "endorsements"
@@ -50,7 +50,12 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     kek: KekSettings = msgspec.field(default_factory=KekSettings)
     tls: TlsSettings | None = None
     limits: Limits = msgspec.field(default_factory=Limits)
-    directory: Path = msgspec.field(default=Path(), name="-directory")
+
+
+class Settings(_File, frozen=True, kw_only=True):
+    """All of verifier.toml, and the ``directory`` that its relative paths are relative to."""
+
+    directory: Path
 
     @property
     def host(self) -> str:
@@ -84,16 +89,17 @@ def load(path: Path) -> Settings:
     """Read verifier.toml. Raises OperatorError, naming the key that is wrong."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-        settings = msgspec.convert(content, Settings)
+        file = msgspec.convert(content, _File)
     except OSError as error:
         raise _wrong(path, "a file that can be read", str(error.strerror), "settings.read") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _wrong(path, "TOML", str(error), "settings.toml") from error
     except msgspec.ValidationError as error:
         raise _wrong(path, "the keys of docs/verifier.md, in their types", str(error), "settings.key") from error
+    settings = Settings(directory=path.resolve().parent, **{name: getattr(file, name) for name in file.__struct_fields__})
     if not 0 <= settings.port <= 0xFFFF:  # noqa: PLR2004 - the range of ports
         raise _wrong(path, "a port up to 65535", settings.listen, "settings.key")
-    return msgspec.structs.replace(settings, directory=path.resolve().parent)
+    return settings
 
 
 def default_text(public_url: str, listen: str) -> str:

@@ -53,17 +53,16 @@ def read(key: bytes, token: bytes) -> Session:
     """Open a token. Raises wrapping.BoxBroken for anything that was not issued under this key."""
     content = wrapping.unseal(key, LABEL_TOKEN, token, b"")
     if len(content) != _SIZE:
-        raise wrapping.BoxBroken("A session token has the wrong size.", expected=str(_SIZE), found=str(len(content)))
+        raise wrapping.BoxBroken(
+            "A session token has the wrong size.", expected=str(_SIZE), found=str(len(content))
+        )
     rest = content[_TIME_SIZE:]
-    nonce, hello, challenge = (rest[at : at + _DIGEST_SIZE] for at in range(0, 3 * _DIGEST_SIZE, _DIGEST_SIZE))
+    nonce, hello, challenge = (
+        rest[at : at + _DIGEST_SIZE] for at in range(0, 3 * _DIGEST_SIZE, _DIGEST_SIZE)
+    )
     return Session(int.from_bytes(content[:_TIME_SIZE], "big"), nonce, hello, challenge)
 
 
 def unbound_sha256(challenge: Challenge) -> bytes:
     """Hash a Challenge as it was before it had a session."""
     return hashlib.sha256(messages.encode(msgspec.structs.replace(challenge, session=b""))).digest()
-
-
-def session_id(token: bytes) -> str:
-    """Name a session for people, logs and the ledger: the first 8 bytes of the token's SHA-256, in hex."""
-    return hashlib.sha256(token).digest()[:8].hex()

@@ -1,8 +1,8 @@
 """The trail of named checks: what was expected, what was found, in the order of PROTOCOL.md section 6.
 
-Every check in the verifier goes through ``require`` or ``note``, under the name that the ledger, the sealed verdict and
-``explain`` show. ``require`` ends the exchange: what it guards must hold before anything else is believed. ``note``
-gathers: once evidence is authentic, its owner wants all reasons at once.
+Every check in the verifier goes through ``require`` or ``note``, under the name that the ledger, the sealed
+verdict and ``explain`` show. ``require`` ends the exchange: what it guards must hold before anything else is
+believed. ``note`` gathers: once evidence is authentic, its owner wants all reasons at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Trail:
         """Write a check down, and raise NotAuthentic with its name if it does not hold."""
         self.note(check, holds, expected=expected, found=found)
         if not holds:
-            raise NotAuthentic(f"The check {check} does not hold.", code=check, expected=expected, found=found)
+            raise NotAuthentic(
+                f"The check {check} does not hold.", code=check, expected=expected, found=found
+            )
 
     @contextmanager
     def step(self, check: str, expected: str) -> Iterator[None]:

@@ -1,7 +1,8 @@
-"""Is authentic evidence acceptable to its owner? (PROTOCOL.md section 6, step 9)
+"""Is authentic evidence acceptable to its owner?
 
-Rules over claims and reference values. No I/O, no clock of its own; empty means no. Nothing here raises for evidence
-that displeases: every rule notes what it expected and found, and the decision is taken from the notes.
+PROTOCOL.md section 6, step 9. Rules over claims and reference values. No I/O, no clock of its own; empty
+means no. Nothing here raises for evidence that displeases: every rule notes what it expected and found, and
+the decision is taken from the notes.
 """
 
 from __future__ import annotations

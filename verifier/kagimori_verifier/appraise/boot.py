@@ -17,12 +17,17 @@ ZERO: Final = bytes(32)
 
 
 def appraise_boot(
-    trail: Trail, purpose: str, pcrs: Mapping[int, bytes], events: Mapping[int, Sequence[Event]], references: References
+    trail: Trail,
+    purpose: str,
+    pcrs: Mapping[int, bytes],
+    events: Mapping[int, Sequence[Event]],
+    references: References,
 ) -> None:
     """Note each governed PCR against the closest boot state of the VM and of its profile, then the cap.
 
-    PCR values must have been seen together: one state of the VM and one of its profile have to explain all of them.
-    Where both know a PCR, the VM's word counts. Only ``unlock`` needs the cap off; other purposes report its state.
+    PCR values must have been seen together: one state of the VM and one of its profile have to explain all of
+    them. Where both know a PCR, the VM's word counts. Only ``unlock`` needs the cap off; other purposes
+    report its state.
     """
     policy = references.policy
     profile_state = _closest(references.profile_states, pcrs)
@@ -60,7 +65,12 @@ def _reference(
 
 
 def _note_pcr(  # noqa: PLR0913 - one PCR, and the four things that are known of it
-    trail: Trail, index: int, value: bytes | None, owner: str, reference: PcrReference | None, events: Sequence[Event]
+    trail: Trail,
+    index: int,
+    value: bytes | None,
+    owner: str,
+    reference: PcrReference | None,
+    events: Sequence[Event],
 ) -> None:
     if reference is None:
         trail.note(f"pcr.{index}", False, expected="a reference value, but there is none", found=_hex(value))  # noqa: FBT003 - unknown is no

@@ -1,7 +1,7 @@
 """An owner's appraisal policy for a group of VMs: what a profile holds, as data.
 
-Every list names what is allowed or demanded; what is not named is refused. Flag names are AMD's (kagimori_protocol.snp),
-``bit N`` for those that have no name yet.
+Every list names what is allowed or demanded; what is not named is refused. Flag names are AMD's
+(kagimori_protocol.snp), ``bit N`` for those that have no name yet.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ VM_OWNED_PCRS: Final[dict[BootWay, frozenset[int]]] = {
 }
 """PCRs that cover an initramfs or a command line: their values belong to one VM, never to a shared profile.
 
-A shared value would let one VM boot with another's vm_id. In a UKI the initramfs is part of the image that PCR 4 has.
+A shared value would let one VM boot with another's vm_id. In a UKI the initramfs is part of the image that
+PCR 4 has.
 """
 
 NEVER_ALLOWED: Final = frozenset({"DEBUG"})

@@ -20,7 +20,9 @@ _WITH_MITIGATIONS = 5
 def appraise_snp(trail: Trail, snp: SnpClaims, references: References) -> None:
     """Note guest policy, platform, product and TCB floors, mitigations, chip."""
     policy = references.policy
-    _flags(trail, "policy", snp.report.policy_flags, policy.guest_policy_allowed, policy.guest_policy_required)
+    _flags(
+        trail, "policy", snp.report.policy_flags, policy.guest_policy_allowed, policy.guest_policy_required
+    )
     _flags(trail, "platform", snp.report.platform_flags, policy.platform_allowed, policy.platform_required)
     _tcb(trail, snp, policy)
     _mitigations(trail, snp, policy)
@@ -50,12 +52,15 @@ def _flags(
 def _tcb(trail: Trail, snp: SnpClaims, policy: Policy) -> None:
     """The product must have a floor, and each TCB of the report must reach it, part by part.
 
-    REPORTED_TCB is what the signing key vouches for; the others tell whether the host could go back (COMMITTED), what
-    runs (CURRENT) and what the guest was launched under (LAUNCH).
+    REPORTED_TCB is what the signing key vouches for; the others tell whether the host could go back
+    (COMMITTED), what runs (CURRENT) and what the guest was launched under (LAUNCH).
     """
     floor = policy.tcb_floors.get(snp.product)
     trail.note(
-        "product.allowed", floor is not None, expected=" or ".join(sorted(policy.tcb_floors)), found=snp.product
+        "product.allowed",
+        floor is not None,
+        expected=" or ".join(sorted(policy.tcb_floors)),
+        found=snp.product,
     )
     if floor is None:
         return

@@ -54,7 +54,9 @@ class EndorsementDirectory:
         lists = [der for payload in lists if (der := _der(payload)) is not None]
         certificates += self._read_all("ca")
         certificates += self._read_all("vlek", prefix=_part(report, "reported_tcb").hex())
-        certificates += self._read_all(f"vcek/{_part(report, 'chip_id').hex()}", prefix=_part(report, "reported_tcb").hex())
+        certificates += self._read_all(
+            f"vcek/{_part(report, 'chip_id').hex()}", prefix=_part(report, "reported_tcb").hex()
+        )
         lists += self._read_all("crl")
         return Endorsements(certificates=certificates, revocation_lists=lists)
 
@@ -162,5 +164,9 @@ def _revocation_list(der: bytes) -> x509.CertificateRevocationList | None:
     return parsed if parsed.public_bytes(Encoding.DER) == der else None
 
 
-def _nothing_in(found: str, expected: str = "certificates or revocation lists (PEM or DER), or a table of them") -> KagimoriError:
-    return OperatorError("A file holds no endorsements.", code="endorsements.none", expected=expected, found=found)
+def _nothing_in(
+    found: str, expected: str = "certificates or revocation lists (PEM or DER), or a table of them"
+) -> KagimoriError:
+    return OperatorError(
+        "A file holds no endorsements.", code="endorsements.none", expected=expected, found=found
+    )

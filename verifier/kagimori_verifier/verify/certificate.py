@@ -1,9 +1,9 @@
 """AMD's certificates: read them, check who signed them, read AMD's own extensions.
 
-Every VCEK and VLEK has the serial number 0, which RFC 5280 forbids; `cryptography` warns of it and may refuse it one
-day. ``Certificate.parse`` is the one place that knows: signatures are checked over the bytes as they are, and if the
-library refuses the serial number, a copy with the number 1 is read for its fields.
-Source: AMD 57230 (VCEK certificate and KDS interface), tables "VCEK certificate" and "OIDs".
+Every VCEK and VLEK has the serial number 0, which RFC 5280 forbids; `cryptography` warns of it and may refuse
+it one day. ``Certificate.parse`` is the one place that knows: signatures are checked over the bytes as they
+are, and if the library refuses the serial number, a copy with the number 1 is read for its fields. Source:
+AMD 57230 (VCEK certificate and KDS interface), tables "VCEK certificate" and "OIDs".
 """
 
 from __future__ import annotations
@@ -62,7 +62,12 @@ class Certificate:
             # Read lazily by the library, and refused here rather than in the middle of a check.
             _ = (fields.issuer, fields.subject, fields.extensions, fields.not_valid_before_utc)
             _ = (fields.not_valid_after_utc, fields.public_key(), fields.signature_algorithm_parameters)
-        except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+        except (
+            ValueError,
+            UnsupportedAlgorithm,
+            x509.DuplicateExtension,
+            x509.UnsupportedGeneralNameType,
+        ) as error:
             raise _broken("an X.509 certificate", str(error)) from None
         return cls(raw=raw, tbs=tbs, signature=signature, fields=fields)
 
@@ -105,7 +110,9 @@ class Certificate:
         """Return the key if this is a CA certificate of AMD's form; raise NotAuthentic if not."""
         key = self.fields.public_key()
         if not isinstance(key, rsa.RSAPublicKey) or key.key_size != CA_KEY_BITS:
-            raise _unsigned(f"a CA with an RSA key of {CA_KEY_BITS} bits", f"another key in {self.common_name!r}")
+            raise _unsigned(
+                f"a CA with an RSA key of {CA_KEY_BITS} bits", f"another key in {self.common_name!r}"
+            )
         try:
             constraints = self.fields.extensions.get_extension_for_class(x509.BasicConstraints).value
             usage = self.fields.extensions.get_extension_for_class(x509.KeyUsage).value
@@ -188,8 +195,12 @@ def _load(raw: bytes) -> x509.Certificate:
 
 
 def _broken(expected: str, found: str) -> Malformed:
-    return Malformed("A certificate cannot be read.", code="certificate.layout", expected=expected, found=found)
+    return Malformed(
+        "A certificate cannot be read.", code="certificate.layout", expected=expected, found=found
+    )
 
 
 def _unsigned(expected: str, found: str) -> NotAuthentic:
-    return NotAuthentic("A certificate does not chain.", code="certificate.chain", expected=expected, found=found)
+    return NotAuthentic(
+        "A certificate does not chain.", code="certificate.chain", expected=expected, found=found
+    )

@@ -1,7 +1,8 @@
-"""Is an attestation report authentic? (PROTOCOL.md section 6, step 3)
+"""Is an attestation report authentic?
 
-``verify_report`` is read from top to bottom: layout, who signed, chain to a trusted root, what the certificate says
-against what the report says, signature. Certificates come from whoever had some: they are only candidates.
+PROTOCOL.md section 6, step 3. ``verify_report`` is read from top to bottom: layout, who signed, chain to a
+trusted root, what the certificate says against what the report says, signature. Certificates come from
+whoever had some: they are only candidates.
 """
 
 from __future__ import annotations
@@ -92,9 +93,13 @@ def verify_report(trail: Trail, raw: bytes, endorsements: Endorsements, roots: T
             TcbVersion.parse(part, turin=turin)
             for part in (report.reported_tcb, report.committed_tcb, report.current_tcb, report.launch_tcb)
         )
-    certified = chain.vek.tcb()
+    with trail.step("endorsement.tcb-layout", "AMD's TCB extensions in the certificate"):
+        certified = chain.vek.tcb()
     trail.require(
-        "endorsement.tcb", certified == reported, expected=f"the report's REPORTED_TCB: {reported}", found=str(certified)
+        "endorsement.tcb",
+        certified == reported,
+        expected=f"the report's REPORTED_TCB: {reported}",
+        found=str(certified),
     )
     _require_chip(trail, report, chain.vek, signer, turin=turin)
     # 4
@@ -135,7 +140,8 @@ def _find_vek(trail: Trail, report: Report, signer: str, certificates: Sequence[
         "endorsement.found",
         bool(candidates),
         expected=f"a {name} certificate, from the host or from the cache",
-        found=", ".join(sorted({certificate.common_name for certificate in certificates})) or "no certificates",
+        found=", ".join(sorted({certificate.common_name for certificate in certificates}))
+        or "no certificates",
     )
     return min(candidates, key=lambda candidate: not _fits(report, candidate))
 
@@ -164,7 +170,8 @@ def _build_chain(
         "endorsement.root",
         bool(arks),
         expected=f"an ARK of: {roots}",
-        found=", ".join(f"{ark.common_name} with key {ark.spki_sha256.hex()}" for ark in offered) or "no ARK at all",
+        found=", ".join(f"{ark.common_name} with key {ark.spki_sha256.hex()}" for ark in offered)
+        or "no ARK at all",
     )
     reasons = []
     for intermediate in issuers:
@@ -180,7 +187,8 @@ def _build_chain(
             except KagimoriError as error:
                 reasons.append(f"{error.what} Expected {error.expected}, found {error.found}.")
                 continue
-            trail.note("endorsement.chain", True, expected=f"a chain to {root}", found=_names(vek, intermediate, ark))  # noqa: FBT003 - it held
+            names = _names(vek, intermediate, ark)
+            trail.note("endorsement.chain", True, expected=f"a chain to {root}", found=names)  # noqa: FBT003 - it held
             return _Chain(vek, intermediate, ark, root)
     trail.require(
         "endorsement.chain",

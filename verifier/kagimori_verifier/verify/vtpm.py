@@ -1,7 +1,8 @@
-"""Is the vTPM's part of the evidence authentic? (PROTOCOL.md section 6, steps 5 to 7)
+"""Is the vTPM's part of the evidence authentic?
 
-AMD's signature covers REPORT_DATA, REPORT_DATA covers the SVSM's manifest, the manifest is the EK. The AK hangs on the
-EK only by the credential that the answer carries: until a Confirm verifies, it is unproven.
+PROTOCOL.md section 6, steps 5 to 7. AMD's signature covers REPORT_DATA, REPORT_DATA covers the SVSM's
+manifest, the manifest is the EK. The AK hangs on the EK only by the credential that the answer carries: until
+a Confirm verifies, it is unproven.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def verify_quote(  # noqa: PLR0913 - the seven things that a quote ties together
 ) -> VtpmClaims:
     """Return what the quote says, if this AK signed it for this exchange over the PCRs that policy selects.
 
-    ``selection`` is the policy's marshalled TPML_PCR_SELECTION, never the one that the guest sends. Raises NotAuthentic.
+    ``selection`` is the policy's marshalled TPML_PCR_SELECTION, never the one that the guest sends. Raises
+    NotAuthentic.
     """
     with trail.step("quote.layout", "a TPMS_ATTEST of type quote, made by a TPM"):
         attest = tpm.Attest.parse(quote.attest)
@@ -170,7 +172,9 @@ def _key(public: TPMT_PUBLIC) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
         x, y = (bytes(part) for part in (public.unique.ecc.x, public.unique.ecc.y))
         if max(len(x), len(y)) > _P256_SIZE:
             raise ValueError(len(x))
-        numbers = ec.EllipticCurvePublicNumbers(int.from_bytes(x, "big"), int.from_bytes(y, "big"), ec.SECP256R1())
+        numbers = ec.EllipticCurvePublicNumbers(
+            int.from_bytes(x, "big"), int.from_bytes(y, "big"), ec.SECP256R1()
+        )
         return numbers.public_key()
     raise ValueError(public.type)
 

@@ -1,0 +1,252 @@
+"""One attempt at an answer: hello, challenges, one report and one quote for all of them, an answer that only we open.
+
+PROTOCOL.md sections 3 to 5. ``attest`` repeats attempts within one budget, each with fresh keys, as long as what failed
+may get better by itself: a verifier that is away, a challenge that has grown old.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final
+
+from msgspec import UNSET
+
+from kagimori_agent import VERSION, exchange
+from kagimori_agent.budget import Backoff, Budget
+from kagimori_protocol import messages, sealing, transcript
+from kagimori_protocol.errors import KagimoriError, NetworkError, PeerError, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kagimori_agent.collect import Attester
+    from kagimori_agent.config import Config, Limits
+    from kagimori_agent.exchange import Endpoint
+    from kagimori_protocol.messages import Challenge, Outcome, Payload, Purpose
+
+OWN_ENTROPY_BYTES: Final = 64
+_STALE: Final = frozenset({"stale-session", "used-session"})
+"""Denials that a new challenge cures."""
+
+_TODO: Final = {
+    "unknown-vm": "Enrol the VM (`kagimori-verifier vm add`) or correct vm_id in agent.toml.",
+    "not-authentic": "The owner sees the reason: `kagimori-verifier explain SESSION`.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An opened answer. ``evidence`` and ``hello`` are the bytes that were sent."""
+
+    payload: Payload | None = field(repr=False)
+    endpoint: Endpoint
+    session: bytes
+    binding: bytes
+    confirm_key: bytes = field(repr=False)
+    hello: bytes = field(repr=False)
+    evidence: bytes = field(repr=False)
+
+    def without_payload(self) -> Answered:
+        """Keep what a Confirm needs; the keys go as their last reference goes."""
+        return replace(self, payload=None)
+
+    def confirm(self, outcome: Outcome) -> bytes:
+        """Make the Confirm that tells what became of this answer."""
+        mac = sealing.confirm_mac(self.confirm_key, self.binding, outcome)
+        return messages.encode(
+            messages.Confirm(version=messages.VERSION, session=self.session, outcome=outcome, mac=mac)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Challenged:
+    endpoint: Endpoint
+    key: bytes
+    body: bytes
+    challenge: Challenge
+
+
+class _StaleError(NetworkError):
+    """A challenge has grown old, or was used up: worth another attempt, and counted as "away" when there is none."""
+
+    default_code = "answer.stale"
+
+
+def attest(
+    config: Config, attester: Attester, purpose: Purpose, budget: Budget, say: Callable[[str], None]
+) -> Answered:
+    """Get an answer from one of the verifiers, or raise the reason why none can be had.
+
+    Raises NetworkError once the budget is spent, Refused or PeerError for an answer that is no, and the devices'
+    ImageError and HardwareError.
+    """
+    backoff = Backoff(config.limits.backoff_min_s, config.limits.backoff_max_s)
+    while True:
+        try:
+            return _attempt(config, attester, purpose, budget, say)
+        except NetworkError as error:
+            budget.require(error)
+            wait_s = min(backoff.next_s(), budget.remaining_s())
+            say(f"{error.what} Trying again in {wait_s:.0f} s.")
+            time.sleep(wait_s)
+
+
+def endpoints(config: Config) -> tuple[Endpoint, ...]:
+    """Give the verifiers of agent.toml as the exchange wants them."""
+    return tuple(
+        exchange.Endpoint(
+            name=verifier.name, urls=tuple(verifier.urls), keys=tuple(verifier.keys), ca_file=verifier.ca_file
+        )
+        for verifier in config.verifiers
+    )
+
+
+def _attempt(
+    config: Config, attester: Attester, purpose: Purpose, budget: Budget, say: Callable[[str], None]
+) -> Answered:
+    prepared = attester.prepare()
+    key = sealing.ResponseKey([os.urandom(OWN_ENTROPY_BYTES), *prepared.entropy])
+    try:
+        hello = messages.encode(
+            messages.Hello(
+                version=messages.VERSION,
+                vm_id=config.vm_id,
+                purpose=purpose,
+                kind=attester.kind,
+                hpke_public_key=key.public,
+                ek_public=UNSET if prepared.ek_public is None else prepared.ek_public,
+                ak_public=UNSET if prepared.ak_public is None else prepared.ak_public,
+                volumes=[volume.uuid for volume in config.volumes],
+                agent=f"kagimori-agent {VERSION}",
+            )
+        )
+        challenged = _challenges(config, hello, budget, say)
+        t0 = transcript.t0(hello, [(one.key, one.body) for one in challenged])
+        evidence = messages.encode(
+            messages.Evidence(
+                version=messages.VERSION,
+                hello=hello,
+                challenges=[messages.SignedChallenge(key=one.key, challenge=one.body) for one in challenged],
+                **attester.collect(t0, challenged[0].challenge.pcr_selection),
+            )
+        )
+        say("evidence collected, asking for the answer")
+        one, sealed = _answer(challenged, evidence, config.limits, budget, say)
+        binding = transcript.answer_binding(t0, one.body, evidence)
+        payload = _open(key, attester, sealed, binding)
+        return Answered(
+            payload, one.endpoint, sealed.session, binding, payload.confirm_key, hello, evidence
+        )
+    finally:
+        key.forget()
+
+
+def _challenges(
+    config: Config, hello: bytes, budget: Budget, say: Callable[[str], None]
+) -> list[_Challenged]:
+    """Ask all verifiers at once; keep those who want the same PCRs as the first, since one quote serves all."""
+    limits = config.limits
+    replies = exchange.ask_all(
+        endpoints(config),
+        messages.PATH_CHALLENGE,
+        hello,
+        gather_s=limits.gather_s,
+        attempt_s=limits.attempt_s,
+        connect_s=limits.connect_s,
+        budget=budget,
+        say=say,
+    )
+    challenged: list[_Challenged] = []
+    errors: list[KagimoriError] = []
+    for endpoint, reply in replies:
+        if isinstance(reply, NetworkError):
+            errors.append(reply)
+            continue
+        try:
+            message = messages.decode(messages.ChallengeReply, reply.body)  # type: ignore[arg-type]  # a union is a type to msgspec
+        except PeerError as error:
+            errors.append(error)
+            continue
+        if isinstance(message, messages.Challenge):
+            challenged.append(_Challenged(endpoint, reply.key, reply.body, message))
+        else:
+            errors.append(_no(endpoint, message))
+    agreed = [one for one in challenged if one.challenge.pcr_selection == challenged[0].challenge.pcr_selection]
+    for one in challenged:
+        if one not in agreed:
+            say(f"{one.endpoint.name}: wants other PCRs than {challenged[0].endpoint.name}, so it is not asked")
+    if not agreed:
+        raise _worst(errors)
+    return agreed
+
+
+def _answer(
+    challenged: list[_Challenged], evidence: bytes, limits: Limits, budget: Budget, say: Callable[[str], None]
+) -> tuple[_Challenged, messages.Sealed]:
+    """Ask the verifiers in turn until one gives an answer that is sealed to us; wait where a person has to approve."""
+    errors: list[KagimoriError] = []
+    for one in challenged:
+        until = time.monotonic() + one.challenge.expires_in
+        while True:
+            try:
+                reply = exchange.post(
+                    one.endpoint,
+                    messages.PATH_RELEASE,
+                    evidence,
+                    attempt_s=limits.attempt_s,
+                    connect_s=limits.connect_s,
+                    budget=budget,
+                )
+                message = messages.decode(messages.Answer, reply.body)  # type: ignore[arg-type]  # a union is a type to msgspec
+            except (NetworkError, PeerError) as error:
+                errors.append(error)
+                break
+            if isinstance(message, messages.Sealed):
+                return one, message
+            if not isinstance(message, messages.Pending):
+                errors.append(_no(one.endpoint, message))
+                break
+            if time.monotonic() + message.retry_after > until:
+                errors.append(_StaleError(f"{one.endpoint.name}: nobody has approved yet."))
+                break
+            say(f"{one.endpoint.name}: waits for a person ({message.approval}), next look in {message.retry_after} s")
+            time.sleep(min(message.retry_after, budget.remaining_s()))
+            budget.require()
+    raise _worst(errors)
+
+
+def _open(key: sealing.ResponseKey, attester: Attester, sealed: messages.Sealed, binding: bytes) -> Payload:
+    """Open both layers; the credential only after HPKE has shown that the answer is for this exchange."""
+    inner = key.open(sealed.sealed, binding)
+    secret = attester.open_credential(None if sealed.credential is UNSET else sealed.credential)
+    return messages.decode_payload(inner if secret is None else sealing.open_inner(inner, binding, secret))
+
+
+def _no(endpoint: Endpoint, message: object) -> KagimoriError:
+    """Turn a signed no into the error that it is."""
+    if isinstance(message, messages.VersionsSpoken):
+        return PeerError(
+            f"{endpoint.name}: speaks another version of the protocol.",
+            code="unsupported-version",
+            expected=str(messages.VERSION),
+            found=", ".join(map(str, message.versions)),
+            todo="Update the older of the two sides.",
+        )
+    code = message.code if isinstance(message, messages.Denial) else "unexpected"
+    if code in _STALE:
+        return _StaleError(f"{endpoint.name}: the challenge is no longer good ({code}).")
+    return Refused(
+        f"{endpoint.name}: denies this VM, or does not believe its evidence.",
+        code=f"denied.{code}",
+        expected="an answer",
+        found=code,
+        todo=_TODO.get(code, _TODO["not-authentic"]),
+    )
+
+
+def _worst(errors: list[KagimoriError]) -> KagimoriError:
+    """Choose what to tell: a verifier that is merely away may still say yes, so that comes before any no."""
+    away = [error for error in errors if isinstance(error, NetworkError)]
+    return (away or errors)[0]

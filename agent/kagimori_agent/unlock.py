@@ -1,0 +1,188 @@
+"""The story on one page: prepare, challenge, collect, exchange, open, cap, confirm.
+
+``unlock`` caps whatever happens, so that nobody who comes after it in this boot can ask for the key again; ``dry_run``
+asks the same question without a key and leaves the boot as it was. PROTOCOL.md section 7.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kagimori_agent import exchange, luks
+from kagimori_agent.attempt import Answered, attest
+from kagimori_agent.budget import Budget
+from kagimori_agent.cap import cap
+from kagimori_agent.collect import Attester, SnpDirect, SvsmVtpm
+from kagimori_agent.devices import device_class
+from kagimori_protocol import messages, transcript
+from kagimori_protocol.errors import DiskError, KagimoriError, NetworkError, PeerError, Refused, UsageError
+from kagimori_protocol.messages import Keys, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kagimori_agent.cap import Capped
+    from kagimori_agent.config import Config
+    from kagimori_protocol.messages import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """One volume: its mapping name, and whether it is ``mapped`` or the key was only ``proved``."""
+
+    uuid: str
+    name: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unlocked:
+    """All volumes are open, the boot is capped; ``confirmed`` tells whether the verifier knows it already."""
+
+    verifier: str
+    session: str
+    volumes: tuple[Opened, ...]
+    capped: tuple[Capped, ...] = ()
+    confirmed: bool = False
+
+
+def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -> Unlocked:
+    """Get the keys, open the volumes, cap this boot, confirm. Raises the first error, after capping.
+
+    ``prove`` tries the keys without mapping anything, for kernels without device-mapper; it is never chosen silently.
+    """
+    answered: Answered | None = None
+    outcome: Outcome = "failed"
+    unlocked: Unlocked | None = None
+    try:
+        answered, unlocked = _get_and_open(config, say, prove=prove)
+        outcome = "opened"
+    except _NotOpenedError as error:
+        answered = error.answered
+        raise error.reason from None
+    finally:
+        capped = cap_boot(config)
+        confirmed = answered is not None and _confirm(config, answered, outcome, say)
+    return replace(unlocked, capped=tuple(capped), confirmed=confirmed)
+
+
+def dry_run(config: Config, say: Callable[[str], None]) -> tuple[Verdict, Answered]:
+    """Ask for the verdict on this boot as it is; no key travels, no PCR changes. Raises as ``attest`` does."""
+    with attester(config) as one:
+        answered = attest(config, one, "dry-run", Budget(config.limits.boot_budget_s), say)
+    if not isinstance(answered.payload, Verdict):
+        raise PeerError(
+            "A dry-run was answered with something else than a verdict.",
+            code="answer.purpose",
+            expected="a verdict",
+            found=type(answered.payload).__name__.lower(),
+        )
+    _confirm(config, answered, "received", say)
+    return answered.payload, answered
+
+
+def cap_boot(config: Config) -> list[Capped]:
+    """Cap every TPM of this VM; a kind without a TPM has none that must be there."""
+    driver = config.tpm.driver if config.kind == "svsm-vtpm" else None
+    return cap(config.tpm.cap_pcr, driver=driver, tcti=config.tpm.tcti)
+
+
+@contextlib.contextmanager
+def attester(config: Config) -> Iterator[Attester]:
+    """Open the devices that this kind of evidence needs; the network library loads meanwhile."""
+    threading.Thread(target=exchange.preload, daemon=True).start()
+    tsm = device_class("configfs-tsm")(config.tsm.root)
+    if config.kind == "snp-direct":
+        yield SnpDirect(tsm)
+        return
+    device_class("vtpm")
+    from kagimori_agent.devices.vtpm import open_vtpm  # noqa: PLC0415 - loads the TPM library; only this kind needs it
+
+    with open_vtpm(
+        driver=config.tpm.driver, tcti=config.tpm.tcti, event_log=config.tpm.event_log
+    ) as vtpm:
+        yield SvsmVtpm(tsm, vtpm)
+
+
+class _NotOpenedError(Exception):
+    """Carries an answer out of a failure, so that the verifier can be told that the volumes did not open."""
+
+    def __init__(self, answered: Answered, reason: KagimoriError) -> None:
+        super().__init__()
+        self.answered = answered
+        self.reason = reason
+
+
+def _get_and_open(
+    config: Config, say: Callable[[str], None], *, prove: bool
+) -> tuple[Answered, Unlocked]:
+    if not config.volumes:
+        raise UsageError(
+            "There is nothing to unlock.",
+            code="unlock.no-volumes",
+            expected="at least one [[volumes]] in agent.toml",
+            found="none",
+        )
+    with attester(config) as one:
+        answered = attest(config, one, "unlock", Budget(config.limits.boot_budget_s), say)
+    try:
+        keys = _require_keys(answered)
+        opened = tuple(_open(config, keys, say, prove=prove))
+    except KagimoriError as error:
+        raise _NotOpenedError(answered.without_payload(), error) from error
+    return answered.without_payload(), Unlocked(answered.endpoint.name, transcript.session_id(answered.session), opened)
+
+
+def _require_keys(answered: Answered) -> Keys:
+    """Return the keys, or raise Refused with every check that failed."""
+    payload = answered.payload
+    if isinstance(payload, Keys):
+        return payload
+    if not isinstance(payload, Verdict):
+        raise PeerError("An answer is neither keys nor a verdict.", code="answer.purpose")
+    failed = [check for check in payload.checks if not check.ok]
+    raise Refused(
+        f"{answered.endpoint.name}: refuses the key.",
+        code="refused",
+        expected="; ".join(f"{check.id}: {check.expected}" for check in failed) or "every check to hold",
+        found="; ".join(f"{check.id}: {check.found}" for check in failed) or "a refusal without a reason",
+        todo="If this VM was changed on purpose, its owner accepts the new state; otherwise do not.",
+    )
+
+
+def _open(config: Config, keys: Keys, say: Callable[[str], None], *, prove: bool) -> Iterator[Opened]:
+    by_uuid = {key.uuid: key for key in keys.volumes}
+    for volume in config.volumes:
+        key = by_uuid.get(volume.uuid)
+        if key is None:
+            raise DiskError(
+                f"The answer has no key for {volume.name}.",
+                code="answer.volume",
+                expected=f"a key for volume {volume.uuid}",
+                found=", ".join(sorted(by_uuid)),
+            )
+        how = luks.open_volume(volume, key.unlock_key, prove=prove, timeout_s=config.limits.cryptsetup_s)
+        say(f"{volume.name}: {how}")
+        yield Opened(volume.uuid, volume.name, how)
+
+
+def _confirm(config: Config, answered: Answered, outcome: Outcome, say: Callable[[str], None]) -> bool:
+    """Tell the verifier once; a lost Confirm costs the boot nothing and is sent again by the booted system."""
+    limits = config.limits
+    try:
+        reply = exchange.post(
+            answered.endpoint,
+            messages.PATH_CONFIRM,
+            answered.confirm(outcome),
+            attempt_s=limits.attempt_s,
+            connect_s=limits.connect_s,
+            budget=Budget(limits.attempt_s),
+        )
+        message = messages.decode(messages.ConfirmReply, reply.body)  # type: ignore[arg-type]  # a union is a type to msgspec
+    except (NetworkError, PeerError) as error:
+        say(f"{answered.endpoint.name}: has not taken the confirmation ({error.code})")
+        return False
+    return isinstance(message, messages.Receipt)

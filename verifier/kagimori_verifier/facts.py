@@ -1,0 +1,76 @@
+"""What the owner knows, read from the database and given to the pipeline as frozen values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kagimori_verifier.appraise.policy import parse_policy
+from kagimori_verifier.appraise.reference import BootState, PcrReference, References
+from kagimori_verifier.claims import Measurement, Root
+from kagimori_verifier.pipeline import Vm
+from kagimori_verifier.roots import TrustedRoots
+from kagimori_verifier.store import profiles, references, roots, vms
+
+if TYPE_CHECKING:
+    from kagimori_verifier.store import Store
+    from kagimori_verifier.store.references import BootStateRow
+
+
+class StoredFacts:
+    """Implements the pipeline's Facts over the store."""
+
+    def __init__(self, store: Store) -> None:
+        """Keep the store."""
+        self._store = store
+
+    def vm(self, vm_id: str) -> Vm | None:
+        """Give a VM with everything that it is judged by, or None."""
+        with self._store.read() as txn:
+            row = vms.get(txn, vm_id)
+            profile = None if row is None else profiles.get(txn, row.profile)
+            if row is None or profile is None:
+                return None
+            return Vm(
+                vm_id=row.vm_id,
+                enabled=row.enabled,
+                purposes=frozenset(row.purposes),
+                volumes=frozenset(volume.uuid for volume in vms.volumes(txn, vm_id)),
+                profile=row.profile,
+                references=References(
+                    policy=parse_policy(profile.policy),
+                    chips=frozenset(bytes.fromhex(chip) for chip in row.chips),
+                    profile_states=_states(references.boot_states(txn, "profile", row.profile)),
+                    vm_states=_states(references.boot_states(txn, "vm", vm_id)),
+                ),
+            )
+
+    def measurement(self, profile: str, digest: bytes) -> Measurement | None:
+        """Give the reference value that this MEASUREMENT matches in a profile, or None."""
+        with self._store.read() as txn:
+            row = references.measurement(txn, profile, digest)
+        if row is None:
+            return None
+        return Measurement(
+            digest=row.digest, kind=row.kind, label=row.label, svsm_features=tuple(row.svsm_features)
+        )
+
+    def roots(self) -> TrustedRoots:
+        """Give AMD's roots and those that the operator added."""
+        with self._store.read() as txn:
+            return TrustedRoots(Root(row.spki_sha256, row.product, row.label) for row in roots.all(txn))
+
+
+def _states(rows: tuple[BootStateRow, ...]) -> tuple[BootState, ...]:
+    return tuple(
+        BootState(
+            label=row.label,
+            pcrs={
+                int(index): PcrReference(
+                    digest=bytes.fromhex(pcr["digest"]),
+                    events=tuple((bytes.fromhex(digest), text) for digest, text in pcr["events"]),
+                )
+                for index, pcr in row.pcrs.items()
+            },
+        )
+        for row in rows
+    )

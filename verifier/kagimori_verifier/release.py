@@ -1,0 +1,260 @@
+"""The only room that lets a key out (PROTOCOL.md sections 5 and 6, steps 10 and 11).
+
+The decision is written to the ledger, **then** the key is unwrapped, **then** the answer is made. Redeeming a session,
+its ledger line and its claim on this boot are one transaction; whatever dies afterwards, the same evidence gets the
+same answer (or one made again under the same ledger line), and other evidence gets none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import UNSET
+
+from kagimori_protocol import messages, sealing, tpm, transcript
+from kagimori_protocol.errors import NotAuthentic, OperatorError
+from kagimori_protocol.messages import Check
+from kagimori_verifier import ledger
+from kagimori_verifier.decision import Allow, Deny
+from kagimori_verifier.observe import observed
+from kagimori_verifier.store import observations, redemptions, vms
+from kagimori_verifier.store.redemptions import Redemption
+
+if TYPE_CHECKING:
+    from kagimori_protocol.messages import Confirm, Outcome, Payload
+    from kagimori_verifier.keystore.unlock_keys import UnlockKeys
+    from kagimori_verifier.metrics import Metrics
+    from kagimori_verifier.pipeline import Judgement
+    from kagimori_verifier.store import Store, Txn
+
+KEYS: Final = "keys"
+ALLOWED: Final = "allowed"
+DENIED: Final = "denied"
+"""What a redemption may have decided: keys are released, or a verdict tells that they would or would not be."""
+
+_EVENTS: Final = {KEYS: "released", ALLOWED: "judged", DENIED: "refused"}
+_FINAL: Final[frozenset[Outcome]] = frozenset({"opened", "failed"})
+
+
+class Release:
+    """Turns judgements into answers, and Confirms into ledger lines."""
+
+    def __init__(self, store: Store, unlock_keys: UnlockKeys, metrics: Metrics) -> None:
+        """Keep the collaborators."""
+        self._store = store
+        self._unlock_keys = unlock_keys
+        self._metrics = metrics
+
+    def answer(self, judgement: Judgement, now_s: int) -> bytes:
+        """Answer authentic evidence: the body of a Sealed, with keys or with a verdict.
+
+        Raises NotAuthentic (``session.unused``) if other evidence has used this session, and OperatorError if the
+        database fails: then nothing was released that the ledger does not show.
+        """
+        session_sha256 = hashlib.sha256(judgement.session).digest()
+        with self._store.write() as txn:
+            settled = redemptions.find(txn, session_sha256)
+            if settled is None:
+                decision = _apply_release_rules(txn, judgement, session_sha256)
+                settled = _redeem(txn, judgement, decision, session_sha256, now_s)
+                self._metrics.decided(judgement.hello.purpose, settled.decision)
+            else:
+                _require_same_evidence(settled, judgement)
+                decision = judgement.decision
+        if settled.answer is not None:
+            return settled.answer
+        return self._make_answer(judgement, settled, decision)
+
+    def confirm(self, confirm: Confirm, now_s: int) -> None:
+        """Write down what became of an answer. Raises NotAuthentic if the sender has not opened it.
+
+        From here on the AK of that evidence is proven, and what it showed may be learned from. The confirm key stays,
+        wrapped, as long as its row: the last Confirm may be sent again until its receipt arrives.
+        """
+        session_sha256 = hashlib.sha256(confirm.session).digest()
+        with self._store.write() as txn:
+            known = redemptions.find(txn, session_sha256)
+            if known is None or known.confirm_key is None:
+                raise _unconfirmed("confirm.session", "a session that has an answer", "one that has none")
+            key = self._unlock_keys.unwrap_confirm_key(known.confirm_key, session_sha256)
+            if not hmac.compare_digest(sealing.confirm_mac(key, known.binding, confirm.outcome), confirm.mac):
+                raise _unconfirmed("confirm.mac", "a MAC under the key inside the answer", "another MAC")
+            if known.outcome == confirm.outcome:
+                return
+            if known.outcome in _FINAL or (known.decision != KEYS and confirm.outcome != "received"):
+                raise _unconfirmed("confirm.order", f"{known.outcome or 'received'}, as it was", confirm.outcome)
+            redemptions.set_outcome(txn, session_sha256, confirm.outcome)
+            observations.confirm(txn, known.session)
+            if confirm.outcome == "opened":
+                redemptions.mark_opened(txn, known.signer, known.chip_id, known.report_id, session_sha256)
+            ledger.append(
+                txn,
+                at_s=now_s,
+                event=f"confirmed-{confirm.outcome}",
+                vm_id=known.vm_id,
+                session=known.session,
+                body={"purpose": known.purpose},
+            )
+        self._metrics.confirmed(confirm.outcome)
+
+    def _make_answer(self, judgement: Judgement, settled: Redemption, decision: Allow | Deny) -> bytes:
+        """Step 11, after the ledger: unwrap, seal, keep the answer. Whoever comes second gives the first's answer."""
+        confirm_key = secrets.token_bytes(sealing.SECRET_SIZE)
+        payload = self._payload(judgement, settled, decision, confirm_key)
+        boot = judgement.claims.vtpm
+        secret = None if boot is None else secrets.token_bytes(sealing.SECRET_SIZE)
+        credential: messages.Credential | Any = UNSET
+        if boot is not None and secret is not None:
+            id_object, encrypted_secret = tpm.make_credential(boot.ek_public, boot.ak_name, secret)
+            credential = messages.Credential(id_object=id_object, encrypted_secret=encrypted_secret)
+        sealed = messages.Sealed(
+            version=messages.VERSION,
+            session=judgement.session,
+            credential=credential,
+            sealed=sealing.seal(
+                judgement.hello.hpke_public_key, judgement.binding, messages.encode(payload), secret
+            ),
+        )
+        answer = messages.encode(sealed)
+        wrapped = self._unlock_keys.wrap_confirm_key(confirm_key, settled.session_sha256)
+        with self._store.write() as txn:
+            current = redemptions.find(txn, settled.session_sha256)
+            if current is not None and current.answer is not None:
+                return current.answer
+            redemptions.store_answer(txn, settled.session_sha256, answer, wrapped)
+        return answer
+
+    def _payload(
+        self, judgement: Judgement, settled: Redemption, decision: Allow | Deny, confirm_key: bytes
+    ) -> Payload:
+        if settled.decision == KEYS:
+            return messages.Keys(confirm_key=confirm_key, volumes=self._volume_keys(judgement))
+        return messages.Verdict(
+            confirm_key=confirm_key, allowed=settled.decision == ALLOWED, checks=list(decision.checks)
+        )
+
+    def _volume_keys(self, judgement: Judgement) -> list[messages.VolumeKey]:
+        """Unwrap the key of each volume that was asked for, in the order asked."""
+        vm_id = judgement.vm.vm_id
+        with self._store.read() as txn:
+            rows = {row.uuid: row for row in vms.volumes(txn, vm_id)}
+        keys = []
+        for uuid in judgement.hello.volumes:
+            if uuid not in rows:
+                raise OperatorError(
+                    "A volume was removed while its key was being released.",
+                    code="volume.removed",
+                    expected=f"an active volume {uuid} of {vm_id}",
+                    found="none",
+                )
+            row = rows[uuid]
+            unlock_key = self._unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
+            keys.append(
+                messages.VolumeKey(uuid=uuid, unlock_key=unlock_key, header_epoch=row.header_epoch)
+            )
+        return keys
+
+
+def _apply_release_rules(txn: Txn, judgement: Judgement, session_sha256: bytes) -> Allow | Deny:
+    """Step 10: this boot has not opened its volumes yet, and without a TPM it gets keys once, for any VM.
+
+    Only ``unlock`` releases anything, so only it is held to these rules.
+    """
+    decision = judgement.decision
+    if judgement.hello.purpose != "unlock":
+        return decision
+    signer, chip_id, report_id = judgement.claims.snp.boot
+    opened = redemptions.is_opened(txn, signer, chip_id, report_id)
+    checks = [
+        *decision.checks,
+        Check(
+            id="boot.unopened",
+            ok=not opened,
+            expected="a boot that has not confirmed `opened` yet",
+            found=f"REPORT_ID {report_id.hex()}" + (" has" if opened else " has not"),
+        ),
+    ]
+    if isinstance(decision, Allow) and not opened and judgement.claims.vtpm is None:
+        first = redemptions.claim_direct_grant(txn, signer, chip_id, report_id, session_sha256)
+        checks.append(
+            Check(
+                id="boot.ungranted",
+                ok=first,
+                expected="a boot that has had no keys yet, for any VM",
+                found=f"REPORT_ID {report_id.hex()}" + (" has had none" if first else " has had keys"),
+            )
+        )
+    allowed = isinstance(decision, Allow) and all(check.ok for check in checks)
+    return Allow(tuple(checks)) if allowed else Deny(tuple(checks))
+
+
+def _redeem(
+    txn: Txn, judgement: Judgement, decision: Allow | Deny, session_sha256: bytes, now_s: int
+) -> Redemption:
+    """Write the decision down: the session is used, the ledger has its line, the owner can see what was shown."""
+    session = transcript.session_id(judgement.session)
+    snp, hello = judgement.claims.snp, judgement.hello
+    outcome = KEYS if hello.purpose == "unlock" else ALLOWED
+    decided = outcome if isinstance(decision, Allow) else DENIED
+    redemption = Redemption(
+        session_sha256=session_sha256,
+        session=session,
+        evidence_sha256=judgement.evidence_sha256,
+        vm_id=hello.vm_id,
+        purpose=hello.purpose,
+        decision=decided,
+        kind=judgement.claims.measurement.kind,
+        signer=snp.signer,
+        chip_id=snp.report.chip_id,
+        report_id=snp.report.report_id,
+        binding=judgement.binding,
+        created=now_s,
+        expires=judgement.expires_s,
+        answer=None,
+        confirm_key=None,
+        outcome=None,
+    )
+    redemptions.purge_answers(txn, now_s)
+    redemptions.insert(txn, redemption)
+    if judgement.claims.vtpm is not None:
+        observations.add(txn, observed(judgement, session, now_s))
+    ledger.append(
+        txn,
+        at_s=now_s,
+        event=_EVENTS[decided],
+        vm_id=hello.vm_id,
+        session=session,
+        body={
+            "purpose": hello.purpose,
+            "kind": redemption.kind,
+            "root": str(snp.root),
+            "product": snp.product,
+            "chip_id": redemption.chip_id.hex(),
+            "report_id": redemption.report_id.hex(),
+            "measurement": snp.report.measurement.hex(),
+            "volumes": list(hello.volumes),
+            "evidence_sha256": judgement.evidence_sha256.hex(),
+            "checks": [
+                {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found}
+                for check in decision.checks
+            ],
+        },
+    )
+    return redemption
+
+
+def _require_same_evidence(settled: Redemption, judgement: Judgement) -> None:
+    if settled.evidence_sha256 != judgement.evidence_sha256:
+        raise NotAuthentic(
+            "A session has been used by other evidence.",
+            code="session.unused",
+            expected=f"evidence {settled.evidence_sha256.hex()}, which used it",
+            found=judgement.evidence_sha256.hex(),
+        )
+
+
+def _unconfirmed(code: str, expected: str, found: str) -> NotAuthentic:
+    return NotAuthentic("A Confirm is not accepted.", code=code, expected=expected, found=found)
