@@ -135,9 +135,9 @@ def extra_logged_event(vtpm: Vtpm, boot: MeasuredBoot, pcr: int = 8) -> None:
 
 
 def missing_event(vtpm: Vtpm, boot: MeasuredBoot, pcr: int) -> None:
-    """T22: the log of a boot already played leaves out what came last in one PCR."""
-    last = [event for event in boot.events if event.pcr == pcr][-1]
-    lie = boot.changed(lambda event: event is last, lambda _: None)
+    """T22: the log of a boot already played leaves out what came last in one PCR. Raises UsageError if nothing did."""
+    last = [event for event in boot.events if event.pcr == pcr][-1:]
+    lie = boot.changed(lambda event: any(event is each for each in last), lambda _: None)
     vtpm.write_event_log(lie.event_log(vtpm.banks()))
 
 
