@@ -15,7 +15,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -26,6 +26,9 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from kagimori_protocol.errors import OperatorError, UsageError
 from kagimori_protocol.snp import CHIP_ID_SIZE, TURIN_HWID_SIZE, TcbVersion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PRODUCTS: Final = ("Milan", "Genoa", "Turin")
 """Product lines with a root of their own; Bergamo and Siena use Genoa's."""
@@ -40,6 +43,7 @@ _VCEK_PRODUCT_NAME: Final = {"Milan": "Milan-B0", "Genoa": "Genoa", "Turin": "Tu
 _CA_YEARS: Final = 25
 _VCEK_YEARS: Final = 7
 _VLEK_DAYS: Final = 365
+_CRL_DAYS: Final = 365
 _CLOCK_SKEW: Final = dt.timedelta(days=1)
 """Certificates start a day early, so that a fresh root is valid on every machine of a test."""
 
@@ -185,6 +189,24 @@ class AmdRoot:
         key = self._vek_key(b"vlek", csp_id.encode(), tcb)
         extensions = [*self._tcb_extensions(self.product, tcb), (f"{_AMD_OID}.5", _ia5(csp_id))]
         return Vek(self._issue_vek("SEV-VLEK", self.asvk, key, extensions, not_before), key)
+
+    def crl(self, revoked: Iterable[int] = (), *, last_update: dt.datetime | None = None) -> bytes:
+        """Let the ARK sign a revocation list (DER) that names CA certificates by serial number; it is due in a year.
+
+        AMD lists ASK and ASVK like this; no single VCEK can be listed, as all have serial number 0.
+        """
+        start = last_update or _now()
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.ark.certificate.subject)
+            .last_update(start)
+            .next_update(start + dt.timedelta(days=_CRL_DAYS))
+        )
+        for serial in revoked:
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(start).build()
+            builder = builder.add_revoked_certificate(entry)
+        signed = builder.sign(self.ark.key, hashes.SHA384(), rsa_padding=_PSS)
+        return signed.public_bytes(serialization.Encoding.DER)
 
     def _vek_key(self, kind: bytes, owner: bytes, tcb: bytes) -> ec.EllipticCurvePrivateKey:
         """Derive the key that this chip (or provider) has at this TCB. 64 bits more than the order leave no bias."""

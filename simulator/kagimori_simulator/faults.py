@@ -93,6 +93,13 @@ def no_certificates(machine: SnpMachine) -> None:
     machine.certificates = {}
 
 
+def revoked_intermediate(machine: SnpMachine) -> None:
+    """T15: AMD has revoked the ASK and the ASVK; the host, for once honest, hands out the list, too."""
+    root = machine.root
+    serials = [authority.certificate.serial_number for authority in (root.ask, root.asvk)]
+    machine.certificates = {**machine.chain(), certificate_table.CRL: root.crl(serials)}
+
+
 # SVSM and vTPM
 
 

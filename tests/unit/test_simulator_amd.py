@@ -182,6 +182,20 @@ def test_a_vek_signs_what_its_certificate_verifies(root: AmdRoot) -> None:
     key.verify(encode_dss_signature(*vek.sign(b"a report")), b"a report", ec.ECDSA(hashes.SHA384()))
 
 
+def test_a_revocation_list_is_signed_by_the_ark(root: AmdRoot) -> None:
+    """It names CA certificates, and without names it is an empty list that is valid now."""
+    ark, ask = load(root.ark_der), load(root.ask_der)
+    key = ark.public_key()
+    assert isinstance(key, rsa.RSAPublicKey)
+    for serials in ((), (ask.serial_number,)):
+        crl = x509.load_der_x509_crl(root.crl(serials))
+        assert crl.issuer == ark.subject
+        assert crl.is_signature_valid(key)
+        assert [entry.serial_number for entry in crl] == list(serials)
+        assert crl.next_update_utc is not None
+        assert crl.last_update_utc < dt.datetime.now(dt.UTC) < crl.next_update_utc
+
+
 @pytest.mark.parametrize(
     ("chip", "tcb"), [(CHIP[:8], MILAN_TCB), (b"", MILAN_TCB), (CHIP + b"\x00", MILAN_TCB)]
 )

@@ -152,6 +152,15 @@ def test_a_silent_host_has_no_table(machine: SnpMachine) -> None:
     assert machine.certificate_table() == b""
 
 
+def test_a_revoked_intermediate_is_on_the_list_that_comes_along(machine: SnpMachine) -> None:
+    """The chain itself stays whole."""
+    faults.revoked_intermediate(machine)
+    entries = {entry.name: entry.der() for entry in certificate_table.parse(machine.certificate_table())}
+    ask = x509.load_der_x509_certificate(entries["ASK"])
+    crl = x509.load_der_x509_crl(entries["CRL"])
+    assert crl.get_revoked_certificate_by_serial_number(ask.serial_number) is not None
+
+
 def test_a_guest_that_plays_svsm_cannot_say_vmpl_0(machine: SnpMachine, vtpm: Vtpm) -> None:
     """All else is as from an SVSM."""
     svsm = Svsm(machine, vtpm)
