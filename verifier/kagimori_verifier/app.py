@@ -1,0 +1,111 @@
+"""Put a verifier together from its settings: the one place that knows all rooms."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kagimori_protocol.errors import OperatorError
+from kagimori_verifier import identity
+from kagimori_verifier.endorsements.directory import EndorsementDirectory
+from kagimori_verifier.facts import StoredFacts
+from kagimori_verifier.keystore.kek import kek_id
+from kagimori_verifier.keystore.unlock_keys import UnlockKeys
+from kagimori_verifier.limits import RateLimit
+from kagimori_verifier.metrics import Metrics
+from kagimori_verifier.pipeline import Pipeline
+from kagimori_verifier.refusals import Refusals
+from kagimori_verifier.release import Release
+from kagimori_verifier.server import application
+from kagimori_verifier.service import Service
+from kagimori_verifier.store import Store, settings as stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.applications import Starlette
+
+    from kagimori_verifier.identity import Keys
+    from kagimori_verifier.settings import Settings
+
+KEK_ID: str = "kek-id"
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """An opened verifier: its store, keys and service. Close it."""
+
+    settings: Settings
+    store: Store
+    keys: Keys
+    unlock_keys: UnlockKeys
+    metrics: Metrics
+    service: Service
+
+    def close(self) -> None:
+        """Close the store."""
+        self.store.close()
+
+    def application(self) -> Starlette:
+        """Give the ASGI application."""
+        limits = self.settings.limits
+        return application(
+            service=self.service,
+            metrics=self.metrics,
+            rate=RateLimit(
+                per_minute=limits.requests_per_minute_and_source,
+                burst=limits.burst_per_source,
+                clock=time.monotonic,
+            ),
+            concurrency=limits.concurrent_requests,
+            ready=self.store.ping,
+        )
+
+
+def create(settings: Settings, kek: bytes, at_s: int) -> Keys:
+    """Make database and identity of a new verifier. Raises OperatorError if there is one already."""
+    store = Store.create(settings.database_url)
+    try:
+        with store.write() as txn:
+            stored.put(txn, KEK_ID, kek_id(kek))
+            return identity.create(txn, kek, at_s)
+    finally:
+        store.close()
+
+
+def open_verifier(settings: Settings, clock: Callable[[], float] = time.time) -> Verifier:
+    """Open a verifier. Raises OperatorError: no database, another schema, another KEK, no identity."""
+    kek = settings.kek_provider().read()
+    store = Store.open(settings.database_url)
+    try:
+        with store.read() as txn:
+            made_under = stored.get(txn, KEK_ID)
+            if made_under != kek_id(kek):
+                raise OperatorError(
+                    "This database was made under another key-encryption key.",
+                    code="kek.other",
+                    expected=f"the KEK {made_under}",
+                    found=f"the KEK {kek_id(kek)}",
+                    todo="Restore the KEK that belongs to this database from your backup.",
+                )
+            keys = identity.load(txn, kek)
+    except BaseException:
+        store.close()
+        raise
+    metrics, unlock_keys = Metrics(), UnlockKeys(kek)
+    service = Service(
+        pipeline=Pipeline(
+            facts=StoredFacts(store),
+            endorsements=EndorsementDirectory(settings.path(settings.endorsements)),
+            token_key=keys.token,
+            public_keys=keys.public,
+            session_s=settings.limits.session_s,
+        ),
+        release=Release(store, unlock_keys, metrics),
+        signing_key=keys.signing,
+        refusals=Refusals(store),
+        metrics=metrics,
+        clock=clock,
+    )
+    return Verifier(settings, store, keys, unlock_keys, metrics, service)
