@@ -1,0 +1,309 @@
+"""agent.toml: whom to ask, what to open, with which TPM, and for how long. Part of the measured image.
+
+Strict: an unknown key, a loose spelling or a value out of bounds is an error, because a file that means less than
+its author thinks would still measure well. Because it lies in the image, every error here is an ImageError.
+
+Import budget: ``tomllib``, ``msgspec``, ``urllib.parse``, ``ipaddress`` (which the former loads), the error tree and
+the messages' types.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+from urllib.parse import SplitResult, urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kagimori_protocol.errors import ImageError
+from kagimori_protocol.messages import Kind, Uuid, VmId
+
+DEFAULT_PATH: Final = Path("/etc/kagimori/agent.toml")
+MAX_BYTES: Final = 64 << 10
+"""Largest agent.toml in bytes: 8 verifiers and 16 volumes take about 4 KiB."""
+
+DEBUG_WORD: Final = "kagimori.debug"
+ADDRESS_WORD: Final = "kagimori.ip="
+
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+Url = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]{1,512}\Z")]
+
+
+class Verifier(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One verifier: where it answers, and the Ed25519 keys (raw, 32 bytes) that prove an answer is its own.
+
+    ``ca_file`` holds the CA certificates (PEM) that its TLS is checked with; the system's serve without it.
+    """
+
+    name: Name
+    urls: Annotated[list[Url], Meta(min_length=1, max_length=4)]
+    keys: Annotated[list[Key], Meta(min_length=1, max_length=4)]
+    ca_file: Path | None = None
+
+
+class Volume(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One LUKS2 volume: its header's UUID, and the ``name`` that it gets in /dev/mapper.
+
+    ``device`` says where to look in place of everywhere; the UUID must match there too.
+    """
+
+    uuid: Uuid
+    name: Name
+    device: Path | None = None
+
+
+class Tpm(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which TPM speaks for this boot: the only one of a kernel ``driver``.
+
+    ``tcti`` names a TPM directly, for tests, and then ``event_log`` names its log. ``cap_pcr`` is the PCR that closes
+    the door after the boot: one that the firmware leaves at zero, and that only a reset of the VM sets back (TCG PC
+    Client Platform Firmware Profile, PCR usage: 8 to 15 are the operating system's, from 16 on they can be reset).
+    """
+
+    driver: Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9_-]{0,63}\Z")] = "tpm_svsm"
+    tcti: Annotated[str, Meta(pattern=r"\A[\x21-\x7e]{1,256}\Z")] | None = None
+    event_log: Path | None = None
+    cap_pcr: Annotated[int, Meta(ge=8, le=15)] = 15
+
+
+class Tsm(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the kernel's report door (configfs-tsm) is."""
+
+    root: Path = Path("/sys/kernel/config/tsm")
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How long things may take; all in seconds.
+
+    ``boot_budget_s`` is for everything until the answer, ``attempt_s`` for one request, of which ``connect_s`` for
+    the connection; ``gather_s`` is how long further verifiers' challenges are waited for once the first is there;
+    the pause between attempts grows from ``backoff_min_s`` to ``backoff_max_s``; ``cryptsetup_s`` is for opening one
+    volume.
+    """
+
+    boot_budget_s: Annotated[float, Meta(ge=1, le=86_400)] = 300
+    attempt_s: Annotated[float, Meta(ge=0.1, le=600)] = 15
+    connect_s: Annotated[float, Meta(ge=0.1, le=600)] = 5
+    gather_s: Annotated[float, Meta(ge=0, le=60)] = 2
+    backoff_min_s: Annotated[float, Meta(ge=0.01, le=600)] = 1
+    backoff_max_s: Annotated[float, Meta(ge=0.01, le=600)] = 30
+    cryptsetup_s: Annotated[float, Meta(ge=1, le=3600)] = 120
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All of agent.toml. ``kind`` is a hint only; without volumes, nothing but a dry-run makes sense."""
+
+    vm_id: VmId
+    kind: Kind = "svsm-vtpm"
+    verifiers: Annotated[list[Verifier], Meta(min_length=1, max_length=8)]
+    volumes: Annotated[list[Volume], Meta(max_length=16)] = []
+    tpm: Tpm = Tpm()
+    tsm: Tsm = Tsm()
+    limits: Limits = Limits()
+
+
+_TABLES: Final[dict[str, type[Struct]]] = {
+    "verifiers": Verifier,
+    "volumes": Volume,
+    "tpm": Tpm,
+    "tsm": Tsm,
+    "limits": Limits,
+}
+
+
+def load(path: Path = DEFAULT_PATH) -> Config:
+    """Read agent.toml. Raises ImageError, naming the key that is wrong and what it may be."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise _wrong("config.read", f"a file {path} that can be read", str(error.strerror)) from error
+    if len(data) > MAX_BYTES:
+        raise _wrong("config.size", f"at most {MAX_BYTES} bytes", "more")
+    try:
+        content = tomllib.loads(data.decode())
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of TOML, of UTF-8, or of an integer beyond Python's patience
+        raise _wrong("config.toml", "TOML in UTF-8", str(error)) from error
+    return _convert(content)
+
+
+def check_command_line(text: str) -> bool:
+    """Return whether the kernel command line asks for debugging; raise ImageError for what it may not set.
+
+    Only ``kagimori.debug`` and ``kagimori.ip=...`` are ours to take from there: everything else about a boot is in
+    agent.toml. Source: PROTOCOL.md section 1.
+    """
+    debug = False
+    for word in text.split():
+        bare = word.lstrip('"').casefold()  # the kernel takes quotes around a word off
+        if not bare.startswith("kagimori."):
+            continue
+        if word == DEBUG_WORD:
+            debug = True
+        elif not word.startswith(ADDRESS_WORD):
+            raise ImageError(
+                "The kernel command line sets what only agent.toml may set.",
+                code="cmdline.word",
+                expected=f"no word of ours but {DEBUG_WORD} and {ADDRESS_WORD}ADDRESS",
+                found=ascii(word[:80]),
+                todo="Remove the word; put the setting into agent.toml and build the image again.",
+            )
+    return debug
+
+
+def _convert(content: dict[str, Any]) -> Config:
+    _require_known_keys(content)
+    try:
+        config = msgspec.convert(content, Config, dec_hook=_path)
+    except msgspec.ValidationError as error:  # its texts name the key and the rule, and quote no values
+        raise _wrong("config.key", "the keys of agent.toml, in their types and bounds", str(error)) from error
+    _require_exact_keys(content, config)
+    _require_urls(config)
+    _require_names(config)
+    _require_absolute_paths(config)
+    _require_sense(config)
+    return config
+
+
+def _path(kind: type, value: object) -> Path:
+    if kind is Path and isinstance(value, str) and value and "\0" not in value:
+        return Path(value)
+    raise ValueError("Expected a path")
+
+
+def _require_known_keys(content: dict[str, Any]) -> None:
+    """Refuse unknown keys before anything else, so that a misspelt one is told as what it is."""
+    _require_fields("", content, Config)
+    for name, kind in _TABLES.items():
+        tables = content.get(name)
+        for table in tables if isinstance(tables, list) else [tables]:
+            if isinstance(table, dict):  # what is not one is refused by its type later
+                _require_fields(f"{name}.", table, kind)
+
+
+def _require_fields(prefix: str, table: Mapping[str, object], kind: type[Struct]) -> None:
+    unknown = sorted(set(table) - set(kind.__struct_fields__))
+    if unknown:
+        raise _wrong(
+            "config.unknown-key",
+            ", ".join(prefix + name for name in kind.__struct_fields__),
+            ", ".join(ascii(prefix + name[:80]) for name in unknown[:4]),
+        )
+
+
+def _require_exact_keys(content: dict[str, Any], config: Config) -> None:
+    """Refuse other spellings of a key's base64: one key, one text, so that a search for it finds it."""
+    for table, verifier in zip(content["verifiers"], config.verifiers, strict=True):
+        for text, key in zip(table["keys"], verifier.keys, strict=True):
+            if text != base64.b64encode(key).decode():
+                raise _wrong(
+                    "config.base64",
+                    "verifiers.keys in standard, padded base64",
+                    f"another spelling in a key of {verifier.name}",
+                )
+
+
+def _require_urls(config: Config) -> None:
+    for verifier in config.verifiers:
+        for url in verifier.urls:
+            try:
+                parts = urlsplit(url)
+                flaws = list(_flaws(url, parts))
+            except ValueError:  # its text may quote a password
+                flaws = ["no valid host and port"]
+            if flaws:
+                # Not the URL itself: what is wrong with it may be that it carries a password.
+                raise _wrong(
+                    "config.url",
+                    "verifiers.urls as http://HOST[:PORT][/PATH] or https://HOST[:PORT][/PATH]",
+                    f"a URL of {verifier.name} with {', '.join(flaws)}",
+                )
+
+
+def _flaws(url: str, parts: SplitResult) -> Iterator[str]:
+    """Name what is wrong with a URL. Raises ValueError for what cannot be taken apart."""
+    if parts.scheme not in {"http", "https"}:
+        yield "another scheme"
+    if not parts.hostname:
+        yield "no host"
+    if "@" in parts.netloc:
+        yield "a user or password"
+    if "?" in url or "#" in url:
+        yield "a query or fragment"
+    if "\\" in url:
+        yield "a backslash"
+    if parts.netloc.endswith(":") or parts.port == 0:  # reading .port checks it
+        yield "an empty port"
+
+
+def _require_names(config: Config) -> None:
+    """Refuse whatever is there twice: a key, URL, verifier, UUID or mapping name means exactly one thing."""
+    verifiers, volumes = config.verifiers, config.volumes
+    _require_unique("verifiers.name", [one.name for one in verifiers])
+    _require_unique("verifiers.urls", [url.rstrip("/") for one in verifiers for url in one.urls])
+    _require_unique(
+        "verifiers.keys", [base64.b64encode(key).decode() for one in verifiers for key in one.keys]
+    )
+    _require_unique("volumes.uuid", [one.uuid for one in volumes])
+    _require_unique("volumes.name", [one.name for one in volumes])
+    _require_unique("volumes.device", [str(one.device) for one in volumes if one.device is not None])
+    if any(one.name == "control" for one in volumes):
+        raise _wrong("config.name", "volumes.name that device-mapper does not use itself", "control")
+
+
+def _require_unique(key: str, values: list[str]) -> None:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise _wrong("config.repeated", f"{key} without repetition", f"more than once: {', '.join(repeated)}")
+
+
+def _require_absolute_paths(config: Config) -> None:
+    paths = {
+        "tpm.event_log": config.tpm.event_log,
+        "tsm.root": config.tsm.root,
+        **{f"verifiers.ca_file of {one.name}": one.ca_file for one in config.verifiers},
+        **{f"volumes.device of {one.name}": one.device for one in config.volumes},
+    }
+    for key, path in paths.items():
+        if path is not None and not path.is_absolute():
+            raise _wrong("config.path", f"{key} as an absolute path", ascii(str(path)))
+
+
+def _require_sense(config: Config) -> None:
+    tpm, limits = config.tpm, config.limits
+    if (tpm.tcti is None) != (tpm.event_log is None):
+        raise _wrong("config.tcti", "tpm.tcti and tpm.event_log together, or neither", "only one of them")
+    for name in limits.__struct_fields__:
+        if not math.isfinite(getattr(limits, name)):  # TOML has nan, which no bound catches
+            raise _wrong("config.key", f"limits.{name} as a number of seconds", "not a number")
+    if not limits.connect_s <= limits.attempt_s <= limits.boot_budget_s:
+        raise _wrong(
+            "config.limits",
+            "limits.connect_s <= limits.attempt_s <= limits.boot_budget_s",
+            f"{limits.connect_s:g}, {limits.attempt_s:g}, {limits.boot_budget_s:g}",
+        )
+    if limits.backoff_min_s > limits.backoff_max_s:
+        raise _wrong(
+            "config.limits",
+            "limits.backoff_min_s <= limits.backoff_max_s",
+            f"{limits.backoff_min_s:g}, {limits.backoff_max_s:g}",
+        )
+
+
+def _wrong(code: str, expected: str, found: str) -> ImageError:
+    return ImageError(
+        "agent.toml cannot be used.",
+        code=code,
+        expected=expected,
+        found=found,
+        todo="Correct agent.toml, build the image again, and have the owner accept its new measurement.",
+    )
