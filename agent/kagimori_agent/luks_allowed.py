@@ -1,0 +1,172 @@
+"""What a LUKS2 header may say: an allow-list of what an honest volume has (THREATS T1).
+
+The host writes the header. A null cipher in the data segment lays the volume open to it, one in a keyslot opens with
+any key, and a second segment puts plain data of its own making beside the encrypted.
+
+What this does not stop yet: the host can still change the header between this look and cryptsetup's own, and a header
+of its own making with allowed parameters passes (cryptsetup then finds that the key opens no keyslot). Areas of
+keyslots are not checked for overlap: cryptsetup does that, and only the keyslots' own secrecy depends on it.
+
+Source: LUKS2 On-Disk Format Specification 1.1.1, section 3.
+
+Import budget: that of ``luks_header``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from kagimori_agent.luks_header import BINARY_SIZE, LuksHeader, refusal, require_object, shown
+
+_DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
+
+ENCRYPTIONS: Final = frozenset({"aes-xts-plain64"})
+"""What cryptsetup of Debian, Ubuntu and Fedora makes by default; the only cipher for data and for keyslots."""
+VOLUME_KEY_SIZE: Final = 64
+"""Bytes of an AES-256-XTS key, the default of the same."""
+SECTOR_SIZES: Final = frozenset({512, 4096})
+HASHES: Final = frozenset({"sha256", "sha512"})
+KDFS: Final = {
+    "argon2id": frozenset({"type", "salt", "time", "memory", "cpus"}),
+    "argon2i": frozenset({"type", "salt", "time", "memory", "cpus"}),
+    "pbkdf2": frozenset({"type", "salt", "hash", "iterations"}),
+}
+MAX_KEYSLOTS: Final = 32
+
+
+def check(header: LuksHeader) -> LuksHeader:
+    """Return the header if all that it says is allowed: one encrypted segment and nothing out of the ordinary.
+
+    Raises DiskError, naming what is not. Tokens are not looked at: cryptsetup is told to use none.
+    """
+    top = _members(header.json, "the header", {"keyslots", "tokens", "segments", "digests", "config"})
+    _check_config(header, top["config"])
+    _check_segment(header, require_object(top["segments"], "segments"))
+    keyslots = require_object(top["keyslots"], "keyslots")
+    if not 1 <= len(keyslots) <= MAX_KEYSLOTS:
+        raise refusal("luks.keyslots", f"1 to {MAX_KEYSLOTS} keyslots", str(len(keyslots)))
+    for name, keyslot in keyslots.items():
+        _check_keyslot(f"keyslot {shown(name)}", keyslot)
+    require_object(top["tokens"], "tokens")
+    _check_digest(keyslots, require_object(top["digests"], "digests"))
+    return header
+
+
+def _check_config(header: LuksHeader, value: object) -> None:
+    config = require_object(value, "config")
+    for name in ("flags", "requirements"):
+        if config.get(name):  # both may be there and empty
+            raise refusal(
+                f"luks.{name}",
+                f"no {name}",
+                shown(config[name]),
+                "Finish a re-encryption, or drop persistent flags with `cryptsetup refresh --persistent`.",
+            )
+    config = _members(config, "config", {"json_size", "keyslots_size"}, {"flags", "requirements"})
+    _equal("config.json_size", config["json_size"], str(header.size - BINARY_SIZE))
+    _decimal("config.keyslots_size", config["keyslots_size"])
+
+
+def _check_segment(header: LuksHeader, segments: dict[str, Any]) -> None:
+    if list(segments) != ["0"]:
+        raise refusal("luks.segments", "exactly one segment, 0", shown(list(segments)))
+    segment = require_object(segments["0"], "segment 0")
+    _equal("segment 0: type", segment.get("type"), "crypt")
+    for name in ("integrity", "flags"):
+        if name in segment:
+            raise refusal(f"luks.segment-{name}", f"a segment without {name}", shown(segment[name]))
+    _members(segment, "segment 0", {"type", "offset", "size", "iv_tweak", "encryption", "sector_size"})
+    _allowed_cipher("segment 0", segment["encryption"])
+    if _decimal("segment 0: offset", segment["offset"]) < 2 * header.size:
+        raise refusal("luks.value", "a segment after the header", shown(segment["offset"]))
+    _equal("segment 0: size", segment["size"], "dynamic")
+    _equal("segment 0: iv_tweak", segment["iv_tweak"], "0")
+    _one_of("segment 0: sector_size", segment["sector_size"], SECTOR_SIZES)
+
+
+def _check_keyslot(name: str, value: object) -> None:
+    keyslot = require_object(value, name)
+    _equal(f"{name}: type", keyslot.get("type"), "luks2")
+    _members(keyslot, name, {"type", "key_size", "af", "area", "kdf"}, {"priority"})
+    _equal(f"{name}: key_size", keyslot["key_size"], VOLUME_KEY_SIZE)
+    _one_of(f"{name}: priority", keyslot.get("priority", 1), frozenset({0, 1, 2}))
+    area = _members(keyslot["area"], f"{name}: area", {"type", "offset", "size", "encryption", "key_size"})
+    _equal(f"{name}: area.type", area["type"], "raw")
+    _allowed_cipher(name, area["encryption"])
+    _equal(f"{name}: area.key_size", area["key_size"], VOLUME_KEY_SIZE)
+    _decimal(f"{name}: area.offset", area["offset"])
+    _decimal(f"{name}: area.size", area["size"])
+    af = _members(keyslot["af"], f"{name}: af", {"type", "stripes", "hash"})
+    _equal(f"{name}: af.type", af["type"], "luks1")
+    _equal(f"{name}: af.stripes", af["stripes"], 4000)
+    _one_of(f"{name}: af.hash", af["hash"], HASHES)
+    kdf = require_object(keyslot["kdf"], f"{name}: kdf")
+    kind = _one_of(f"{name}: kdf.type", kdf.get("type"), frozenset(KDFS))
+    _members(kdf, f"{name}: kdf", KDFS[str(kind)])
+    _one_of(f"{name}: kdf.hash", kdf.get("hash", "sha256"), HASHES)
+    # Costs are not bounded from below: an unlock key is 32 random bytes, and no KDF makes it better or worse.
+
+
+def _check_digest(keyslots: dict[str, Any], digests: dict[str, Any]) -> None:
+    """Require one digest that ties every keyslot to the segment: no keyslot may hold another key."""
+    if list(digests) != ["0"]:
+        raise refusal("luks.digests", "exactly one digest, 0", shown(list(digests)))
+    names = {"type", "keyslots", "segments", "hash", "iterations", "salt", "digest"}
+    digest = _members(digests["0"], "digest 0", names)
+    _equal("digest 0: type", digest["type"], "pbkdf2")
+    _one_of("digest 0: hash", digest["hash"], HASHES)
+    _equal("digest 0: segments", digest["segments"], ["0"])
+    tied = digest["keyslots"]
+    if (
+        not isinstance(tied, list)
+        or not all(isinstance(one, str) for one in tied)
+        or sorted(tied) != sorted(keyslots)
+    ):
+        raise refusal("luks.digests", f"a digest of keyslots {shown(sorted(keyslots))}", shown(tied))
+
+
+def _members(
+    value: object,
+    name: str,
+    required: frozenset[str] | set[str],
+    optional: frozenset[str] | set[str] = frozenset(),
+) -> dict[str, Any]:
+    members = require_object(value, name)
+    missing = sorted(required - set(members))
+    unknown = sorted(set(members) - required - optional)
+    if missing or unknown:
+        raise refusal(
+            "luks.members",
+            f"{name} with exactly {', '.join(sorted(required))}",
+            f"missing: {shown(missing)}, unknown: {shown(unknown)}",
+        )
+    return members
+
+
+def _allowed_cipher(name: str, value: object) -> None:
+    if not isinstance(value, str) or value not in ENCRYPTIONS:
+        raise refusal(
+            "luks.cipher",
+            f"{name} encrypted by {', '.join(sorted(ENCRYPTIONS))}",
+            shown(value),
+            "If nobody made this volume so, the host has changed its header: do not use the disk.",
+        )
+
+
+def _equal(name: str, value: object, expected: object) -> None:
+    # Types too: True is no 1 in JSON.
+    if type(value) is not type(expected) or value != expected:
+        raise refusal("luks.value", f"{name} {shown(expected)}", shown(value))
+
+
+def _one_of(name: str, value: object, allowed: frozenset[Any]) -> object:
+    if not isinstance(value, (str, int)) or isinstance(value, bool) or value not in allowed:
+        raise refusal("luks.value", f"{name} of {shown(sorted(allowed))}", shown(value))
+    return value
+
+
+def _decimal(name: str, value: object) -> int:
+    if not isinstance(value, str) or not _DECIMAL.fullmatch(value):
+        raise refusal("luks.value", f"{name} as a decimal number in a string", shown(value))
+    return int(value)
