@@ -83,9 +83,10 @@ def to_der(payload: bytes) -> bytes:
     if body < 0 or end < body:
         raise _broken("a whole PEM block", f"{payload[:24]!r}...")
     try:
-        return base64.b64decode(b"".join(payload[body + 5 : end].split()), validate=True)
+        der = base64.b64decode(b"".join(payload[body + 5 : end].split()), validate=True)
     except binascii.Error as error:
         raise _broken("base64 inside a PEM block", str(error)) from error
+    return _unpadded_der(der)
 
 
 def _rows(table: bytes) -> list[tuple[uuid.UUID, int, int]]:
