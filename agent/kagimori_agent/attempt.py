@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kagimori_agent.collect import Attester
     from kagimori_agent.config import Config, Limits
-    from kagimori_agent.exchange import Endpoint
+    from kagimori_agent.exchange import Endpoint, Reply
     from kagimori_protocol.messages import Challenge, Outcome, Payload, Purpose
 
 OWN_ENTROPY_BYTES: Final = 64
@@ -87,6 +87,8 @@ def attest(
         try:
             return _attempt(config, attester, purpose, budget, say)
         except NetworkError as error:
+            if error.code == "budget.spent":
+                raise
             budget.require(error)
             wait_s = min(backoff.next_s(), budget.remaining_s())
             say(f"{error.what} Trying again in {wait_s:.0f} s.")
@@ -148,16 +150,21 @@ def _challenges(
 ) -> list[_Challenged]:
     """Ask all verifiers at once; keep those who want the same PCRs as the first, since one quote serves all."""
     limits = config.limits
-    replies = exchange.ask_all(
-        endpoints(config),
-        messages.PATH_CHALLENGE,
-        hello,
-        gather_s=limits.gather_s,
-        attempt_s=limits.attempt_s,
-        connect_s=limits.connect_s,
-        budget=budget,
-        say=say,
-    )
+
+    def ask() -> list[tuple[Endpoint, Reply | NetworkError]]:
+        return exchange.ask_all(
+            endpoints(config),
+            messages.PATH_CHALLENGE,
+            hello,
+            gather_s=limits.gather_s,
+            attempt_s=limits.attempt_s,
+            connect_s=limits.connect_s,
+            budget=budget,
+            say=say,
+        )
+
+    backoff = Backoff(limits.backoff_min_s, limits.backoff_max_s)
+    replies = exchange.until_answered(ask, budget, backoff, say)
     challenged: list[_Challenged] = []
     errors: list[KagimoriError] = []
     for endpoint, reply in replies:

@@ -1,0 +1,7 @@
+"""``python -m kagimori_agent`` is ``kagimori-agent``."""
+
+import sys
+
+from kagimori_agent.cli import main
+
+sys.exit(main())

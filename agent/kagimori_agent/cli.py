@@ -1,0 +1,242 @@
+"""The agent's command line: ``unlock``, ``dry-run``, ``doctor``, ``cap``.
+
+Import budget: argparse, json, the error tree and the console; each verb imports what it needs, so that ``cap`` works when
+nothing else does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from kagimori_agent import VERSION, console
+from kagimori_protocol.errors import KagimoriError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kagimori_agent.attempt import Answered
+    from kagimori_protocol.messages import Verdict
+
+DEFAULT_CONFIG: Final = Path("/etc/kagimori/agent.toml")
+INTERRUPTED: Final = 130
+
+_EXIT_CODES: Final = """\
+exit codes:
+  0  done; for dry-run: this boot would get its keys; for doctor: nothing found
+  1  the verifier refuses: its policy said no to authentic evidence, or it does not believe this VM
+  2  usage
+  3  operator: configuration, files
+  4  image: a kernel option, driver, program, module or agent.toml is missing or wrong
+  5  hardware: report door, TPM, firmware, event log
+  6  network: no signed answer within the budget
+  7  peer: an answer that the protocol does not allow
+  8  disk: header, keyslot or cryptsetup
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except KagimoriError as error:
+        console.explain(error)
+        if options.json:
+            _print_json({"error": error.as_dict()})
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="agent.toml (default: %(default)s)"
+    )
+    shared.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+    parser = argparse.ArgumentParser(
+        prog=console.NAME,
+        description="Prove what this VM has booted and get the keys of its disks from its owner's verifier.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, summary: str, description: str) -> argparse.ArgumentParser:  # noqa: ANN401 - a function of this module
+        added = verbs.add_parser(
+            name,
+            parents=[shared],
+            help=summary,
+            description=description,
+            epilog=_EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    unlock = verb(
+        "unlock",
+        _unlock,
+        "get the keys, open the volumes, cap this boot",
+        "Get the keys, open every volume of agent.toml, and cap this boot: whatever the outcome, nothing that runs\n"
+        "later in it can ask for a key again.",
+    )
+    unlock.add_argument(
+        "--prove",
+        action="store_true",
+        help="try the keys on the volumes without mapping them, for kernels without device-mapper",
+    )
+    dry_run = verb(
+        "dry-run",
+        _dry_run,
+        "ask what the verifier thinks of this boot, without a key",
+        "Ask the verifier for its verdict on this boot as it is. No key travels and no PCR changes.",
+    )
+    dry_run.add_argument("--all", action="store_true", help="show the checks that hold, too")
+    dry_run.add_argument("--save", type=Path, metavar="DIR", help="keep what was sent and the verdict in a new directory")
+    verb(
+        "doctor",
+        _doctor,
+        "look for what would stop an unlock, and say what to do",
+        "Look at devices, kernel options, TPM, event log, name resolution and verifiers. Changes nothing.",
+    )
+    verb(
+        "cap",
+        _cap,
+        "close this boot's chance to get a key",
+        "Extend the cap PCR of every TPM and read it back. Power off if this fails: whoever gets into this boot could\n"
+        "ask for the key again.",
+    )
+    return parser
+
+
+def _unlock(options: argparse.Namespace) -> int:
+    from kagimori_agent import memory  # noqa: PLC0415 - see the import budget
+    from kagimori_agent.config import load  # noqa: PLC0415
+    from kagimori_agent.unlock import unlock  # noqa: PLC0415
+
+    memory.forbid_core_dumps()
+    if not memory.lock_memory():
+        console.say("memory cannot be locked: keys could be swapped out, so use no swap before the root is open")
+    unlocked = unlock(load(options.config), console.say, prove=options.prove)
+    if options.json:
+        _print_json(
+            {
+                "verifier": unlocked.verifier,
+                "session": unlocked.session,
+                "volumes": [{"uuid": one.uuid, "name": one.name, "how": one.how} for one in unlocked.volumes],
+                "capped": [one.tpm for one in unlocked.capped],
+                "confirmed": unlocked.confirmed,
+            }
+        )
+        return 0
+    for one in unlocked.volumes:
+        print(f"{one.name}: {one.how}")
+    return 0
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    from kagimori_agent.config import load  # noqa: PLC0415 - see the import budget
+    from kagimori_agent.unlock import dry_run  # noqa: PLC0415
+    from kagimori_protocol.transcript import session_id  # noqa: PLC0415
+
+    if options.save is not None:
+        _make_directory(options.save)
+    verdict, answered = dry_run(load(options.config), console.say)
+    session = session_id(answered.session)
+    if options.save is not None:
+        _save(options.save, verdict, answered)
+    if options.json:
+        checks = [
+            {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found}
+            for check in verdict.checks
+        ]
+        _print_json(
+            {"allowed": verdict.allowed, "session": session, "verifier": answered.endpoint.name, "checks": checks}
+        )
+    else:
+        console.show_checks(verdict.checks, every=options.all)
+        word = "would get its keys" if verdict.allowed else "would get no key"
+        print(f"{answered.endpoint.name}: this boot {word} (session {session})")
+    return 0 if verdict.allowed else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from kagimori_agent.doctor import examine  # noqa: PLC0415 - see the import budget
+
+    findings = examine(options.config)
+    if options.json:
+        _print_json({"findings": [finding.as_dict() for finding in findings]})
+    else:
+        for finding in findings:
+            finding.show()
+    return max((finding.exit_code for finding in findings), default=0)
+
+
+def _cap(options: argparse.Namespace) -> int:
+    from kagimori_agent.cap import cap  # noqa: PLC0415 - see the import budget
+    from kagimori_agent.config import load  # noqa: PLC0415
+
+    config = load(options.config)
+    driver = config.tpm.driver if config.kind == "svsm-vtpm" else None
+    capped = cap(config.tpm.cap_pcr, driver=driver, tcti=config.tpm.tcti)
+    if options.json:
+        _print_json(
+            {"capped": [{"tpm": one.tpm, "before": one.before.hex(), "after": one.after.hex()} for one in capped]}
+        )
+        return 0
+    for one in capped:
+        print(f"{one.tpm}: PCR {config.tpm.cap_pcr} {'was capped' if one.before == one.after else 'capped'}")
+    return 0
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be made.",
+            code="save.directory",
+            expected="a directory that does not exist yet",
+            found=str(error.strerror),
+        ) from error
+
+
+def _save(directory: Path, verdict: Verdict, answered: Answered) -> None:
+    """Write down what was sent, as it was sent, and in parts that other tools read; no part of it is secret."""
+    from kagimori_protocol import messages  # noqa: PLC0415 - see the import budget
+
+    evidence = messages.decode(messages.Evidence, answered.evidence)
+    parts: dict[str, bytes | messages.UnsetType] = {
+        "hello.json": answered.hello,
+        "evidence.json": answered.evidence,
+        "report.bin": evidence.report,
+        "manifest.bin": evidence.manifest,
+        "certificates.bin": evidence.certificates,
+        "eventlog.bin": evidence.event_log,
+    }
+    if isinstance(evidence.quote, messages.Quote):
+        parts |= {"quote.attest": evidence.quote.attest, "quote.signature": evidence.quote.signature}
+    if isinstance(evidence.pcrs, list):
+        values = {str(value.index): value.digest.hex() for value in evidence.pcrs}
+        parts["pcrs.json"] = json.dumps({"sha256": values}, indent=2).encode()
+    checks = [
+        {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found} for check in verdict.checks
+    ]
+    parts["verdict.json"] = json.dumps({"allowed": verdict.allowed, "checks": checks}, indent=2).encode()
+    for name, content in parts.items():
+        if isinstance(content, bytes):
+            (directory / name).write_bytes(content)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

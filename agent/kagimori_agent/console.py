@@ -1,0 +1,47 @@
+"""What the agent says to people: progress and errors on stderr, results on stdout, never a key."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kagimori_protocol.errors import KagimoriError
+    from kagimori_protocol.messages import Check
+
+NAME: Final = "kagimori-agent"
+_INDENT: Final = "         "
+
+
+def say(text: str) -> None:
+    """Tell what happens, on stderr: stdout carries only what was asked for."""
+    print(f"{NAME}: {_one_line(text)}", file=sys.stderr, flush=True)
+
+
+def explain(error: KagimoriError) -> None:
+    """Tell an error on stderr: what, expected, found, what to do."""
+    say(error.what)
+    for name, text in (("expected", error.expected), ("found", error.found), ("to do", error.todo)):
+        if text is not None:
+            print(f"{_INDENT}{name}: {_one_line(text)}", file=sys.stderr, flush=True)
+
+
+def show_checks(checks: Sequence[Check], *, every: bool) -> None:
+    """Print a verdict's checks on stdout, those that failed last, where a console still shows them."""
+    for check in sorted(checks, key=lambda one: not one.ok):
+        if check.ok and every:
+            print(f"holds  {check.id}: {_one_line(check.found)}")
+        elif not check.ok:
+            print(f"FAILS  {check.id}")
+            print(f"{_INDENT}expected: {_one_line(check.expected)}")
+            print(f"{_INDENT}found:    {_one_line(check.found)}")
+
+
+def _one_line(text: str) -> str:
+    """Escape what a terminal would obey: some of it came from the network."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
