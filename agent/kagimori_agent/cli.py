@@ -178,7 +178,7 @@ def _doctor(options: argparse.Namespace) -> int:
         _print_json({"findings": [finding.as_dict() for finding in findings]})
     else:
         for finding in findings:
-            finding.show()
+            print("\n".join(finding.lines()))
     return max((finding.exit_code for finding in findings), default=0)
 
 

@@ -1,0 +1,220 @@
+"""Look for what would stop an unlock, and say what to do; change nothing, ask for no report.
+
+Each look is one function that returns what it found or raises the same error that an unlock would meet there, so that
+``doctor`` cannot know better than the agent. A report is not requested: the host throttles those, and a failed request can
+cost the VM its report key.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from kagimori_agent import config as configuration
+from kagimori_agent.devices.tpm_places import Place, by_driver, read_event_log
+from kagimori_protocol.errors import ImageError, KagimoriError, NetworkError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from kagimori_agent.config import Config, Verifier
+
+KERNEL_OPTIONS: Final = {
+    "CONFIG_TSM_REPORTS": ("6.7", "the report door, configfs-tsm"),
+    "CONFIG_SEV_GUEST": ("5.19", "the driver behind it"),
+    "CONFIG_TCG_SVSM": ("6.16", "the driver of the SVSM's vTPM"),
+    "CONFIG_DM_CRYPT": ("2.6", "the mapping of encrypted volumes"),
+}
+"""Kernel options that an unlock of kind ``svsm-vtpm`` needs: since which release, and what for."""
+
+_SVSM_ONLY: Final = frozenset({"CONFIG_TCG_SVSM"})
+_RESOLVE_TODO: Final = "Give the verifier's address in agent.toml, or a resolver to the early boot."
+_CONNECT_S: Final = 3
+_HTTP_PORTS: Final = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One look: what was looked at, and either what is fine or the error that an unlock would meet."""
+
+    subject: str
+    fine: str = ""
+    error: KagimoriError | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that an unlock would end with, or 0."""
+        return 0 if self.error is None else self.error.exit_code
+
+    def as_dict(self) -> dict[str, object]:
+        """Give it for ``--json``."""
+        if self.error is None:
+            return {"subject": self.subject, "ok": True, "found": self.fine}
+        return {"subject": self.subject, "ok": False, **self.error.as_dict()}
+
+    def lines(self) -> Iterator[str]:
+        """Give it as lines for a person."""
+        if self.error is None:
+            yield f"fine   {self.subject}: {self.fine}"
+            return
+        yield f"BAD    {self.subject}: {self.error.what}"
+        for name, text in (
+            ("expected", self.error.expected),
+            ("found", self.error.found),
+            ("to do", self.error.todo),
+        ):
+            if text:
+                yield f"         {name}: {text}"
+
+
+def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
+    """Look at everything that agent.toml at ``path`` leads to. ``root`` is where sys, proc, dev and boot are."""
+    findings: list[Finding] = []
+
+    def look(subject: str, at: Callable[[], str]) -> None:
+        try:
+            findings.append(Finding(subject, at()))
+        except KagimoriError as error:
+            findings.append(Finding(subject, error=error))
+
+    try:
+        config = configuration.load(path)
+    except KagimoriError as error:
+        return [Finding(f"configuration {path}", error=error)]
+    findings.append(Finding(f"configuration {path}", f"VM {config.vm_id}, {len(config.verifiers)} verifiers"))
+    look("kernel command line", lambda: _command_line(root))
+    for option, (since, purpose) in KERNEL_OPTIONS.items():
+        if config.kind == "svsm-vtpm" or option not in _SVSM_ONLY:
+            if config.tpm.tcti is not None and option in _SVSM_ONLY:
+                continue
+            look(f"kernel option {option}", lambda o=option, s=since, p=purpose: _kernel_option(root, o, s, p))
+    look("report door", lambda: _report_door(config.tsm.root))
+    if config.kind == "svsm-vtpm":
+        look("vTPM", lambda: _tpm(config, root).name)
+        look("event log", lambda: f"{len(read_event_log(_tpm(config, root).event_log, root))} bytes")
+    look("cryptsetup", _cryptsetup)
+    for verifier in config.verifiers:
+        look(f"name of verifier {verifier.name}", lambda v=verifier: _resolve(v))
+        look(f"verifier {verifier.name}", lambda v=verifier: _reach(v))
+    return findings
+
+
+def _command_line(root: Path) -> str:
+    path = root / "proc/cmdline"
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ImageError(
+            "The kernel command line cannot be read.",
+            code="doctor.command-line",
+            expected=f"{path}",
+            found=str(error.strerror),
+            todo="mount -t proc proc /proc",
+        ) from error
+    return "with kagimori.debug" if configuration.check_command_line(text) else "nothing of ours, as it should be"
+
+
+def _kernel_option(root: Path, option: str, since: str, purpose: str) -> str:
+    """Read the running kernel's configuration, where it is kept."""
+    setting = _kernel_config(root).get(option)
+    if setting in {"y", "m"}:
+        return "built in" if setting == "y" else "a module"
+    if setting is None and not _kernel_config(root):
+        return "unknown: this kernel keeps no configuration in /proc/config.gz or /boot"
+    raise ImageError(
+        f"This kernel lacks {purpose}.",
+        code="doctor.kernel-option",
+        expected=f"{option}=y or =m (Linux {since} or newer)",
+        found=f"not set in Linux {os.uname().release}",
+        todo="Boot a kernel that has it; docs/deploy.md lists distributions.",
+    )
+
+
+def _kernel_config(root: Path) -> dict[str, str]:
+    for path in (root / "proc/config.gz", root / f"boot/config-{os.uname().release}"):
+        try:
+            raw = path.read_bytes()
+        except OSError:
+            continue
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode(errors="replace")
+        return dict(re.findall(r"^(CONFIG_\w+)=(\w)$", text, re.MULTILINE))
+    return {}
+
+
+def _report_door(tsm: Path) -> str:
+    if (tsm / "report").is_dir():
+        return str(tsm / "report")
+    mounted = tsm.parent.is_dir() and any(tsm.parent.iterdir())
+    raise ImageError(
+        "There is no report door.",
+        code="doctor.report-door",
+        expected=f"the directory {tsm / 'report'}",
+        found="configfs without tsm" if mounted else f"nothing in {tsm.parent}",
+        todo="modprobe sev-guest, where this is an SEV-SNP guest; else: mount -t configfs configfs /sys/kernel/config",
+    )
+
+
+def _tpm(config: Config, root: Path) -> Place:
+    if config.tpm.tcti is not None:
+        return Place(config.tpm.tcti, "", config.tpm.tcti, config.tpm.event_log or Path())
+    place = by_driver(config.tpm.driver, root)
+    place.require_tcti()
+    return place
+
+
+def _cryptsetup() -> str:
+    path = shutil.which("cryptsetup", path="/usr/sbin:/sbin:/usr/bin:/bin")
+    if path is None:
+        raise ImageError(
+            "cryptsetup is missing.",
+            code="doctor.cryptsetup",
+            expected="the program cryptsetup in /usr/sbin, /sbin, /usr/bin or /bin",
+            found="none",
+            todo="Put cryptsetup into the initramfs.",
+        )
+    return path
+
+
+def _resolve(verifier: Verifier) -> str:
+    found = []
+    for url in verifier.urls:
+        host = urlsplit(url).hostname or ""
+        try:
+            addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+        except OSError as error:
+            raise NetworkError(
+                f"The name {host} does not resolve.",
+                code="network.dns",
+                expected="an address",
+                found=str(error),
+                todo=_RESOLVE_TODO,
+            ) from error
+        found.append(f"{host} is {', '.join(sorted(addresses))}")
+    return "; ".join(found)
+
+
+def _reach(verifier: Verifier) -> str:
+    """Connect to each URL; whether its answers are signed shows in a dry-run."""
+    reasons = []
+    for url in verifier.urls:
+        parts = urlsplit(url)
+        address = (parts.hostname or "", parts.port or _HTTP_PORTS[parts.scheme])
+        try:
+            with socket.create_connection(address, timeout=_CONNECT_S):
+                return f"{url} accepts connections"
+        except OSError as error:
+            reasons.append(f"{url}: {error.strerror or error}")
+    raise NetworkError(
+        f"The verifier {verifier.name} cannot be reached.",
+        code="doctor.reach",
+        expected="one of its URLs to accept a connection",
+        found="; ".join(reasons),
+        todo="Is the network up, and does the verifier run there? A dry-run tells more.",
+    )
