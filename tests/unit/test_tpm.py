@@ -202,7 +202,6 @@ def test_a_quote_gives_the_fields_that_are_judged() -> None:
         pytest.param(ATTEST + b"\x00", "quote.layout", id="a byte behind"),
         pytest.param(b"\xff\x54\x43\x48" + ATTEST[4:], "quote.magic", id="made by whoever can sign"),
         pytest.param(ATTEST[:4] + b"\x80\x17" + ATTEST[6:], "quote.layout", id="a certification's type"),
-        pytest.param(ATTEST[:30] + b"\x02" + ATTEST[31:], "quote.layout", id="a bool that is neither"),
     ],
 )
 def test_what_is_no_quote_is_refused(raw: bytes, code: str) -> None:
