@@ -7,7 +7,8 @@ cryptsetup's choices that matter:
 
 - The volume key goes to dm-crypt through the kernel keyring, as cryptsetup does by itself where it can: then the
   mapping's table holds a key's name, and `dmsetup table --showkeys` does not show the key. So no --disable-keyring.
-- Tokens of the header are the host's words, and could name libraries to load: none are used.
+- Tokens in a header are the host's words. cryptsetup tries them before the key that it is given, so ``luks_allowed``
+  has refused them; --disable-external-tokens keeps it from loading libraries for them even so.
 - Discards stay off: they tell the host which blocks are free.
 
 Import budget: ``subprocess``, ``selectors``, that of ``luks_header`` and that of ``config`` (loaded anyway).
