@@ -138,9 +138,7 @@ def _attempt(
         one, sealed = _answer(challenged, evidence, config.limits, budget, say)
         binding = transcript.answer_binding(t0, one.body, evidence)
         payload = _open(key, attester, sealed, binding)
-        return Answered(
-            payload, one.endpoint, sealed.session, binding, payload.confirm_key, hello, evidence
-        )
+        return Answered(payload, one.endpoint, sealed.session, binding, payload.confirm_key, hello, evidence)
     finally:
         key.forget()
 
@@ -172,7 +170,7 @@ def _challenges(
             errors.append(reply)
             continue
         try:
-            message = messages.decode(messages.ChallengeReply, reply.body)  # type: ignore[arg-type]  # a union is a type to msgspec
+            message = messages.decode_challenge_reply(reply.body)
         except PeerError as error:
             errors.append(error)
             continue
@@ -180,10 +178,14 @@ def _challenges(
             challenged.append(_Challenged(endpoint, reply.key, reply.body, message))
         else:
             errors.append(_no(endpoint, message))
-    agreed = [one for one in challenged if one.challenge.pcr_selection == challenged[0].challenge.pcr_selection]
+    agreed = [
+        one for one in challenged if one.challenge.pcr_selection == challenged[0].challenge.pcr_selection
+    ]
     for one in challenged:
         if one not in agreed:
-            say(f"{one.endpoint.name}: wants other PCRs than {challenged[0].endpoint.name}, so it is not asked")
+            say(
+                f"{one.endpoint.name}: wants other PCRs than {challenged[0].endpoint.name}, so it is not asked"
+            )
     if not agreed:
         raise _worst(errors)
     return agreed
@@ -206,7 +208,7 @@ def _answer(
                     connect_s=limits.connect_s,
                     budget=budget,
                 )
-                message = messages.decode(messages.Answer, reply.body)  # type: ignore[arg-type]  # a union is a type to msgspec
+                message = messages.decode_answer(reply.body)
             except (NetworkError, PeerError) as error:
                 errors.append(error)
                 break
@@ -218,7 +220,9 @@ def _answer(
             if time.monotonic() + message.retry_after > until:
                 errors.append(_StaleError(f"{one.endpoint.name}: nobody has approved yet."))
                 break
-            say(f"{one.endpoint.name}: waits for a person ({message.approval}), next look in {message.retry_after} s")
+            say(
+                f"{one.endpoint.name}: waits for a person ({message.approval}), next look in {message.retry_after} s"
+            )
             time.sleep(min(message.retry_after, budget.remaining_s()))
             budget.require()
     raise _worst(errors)

@@ -23,7 +23,7 @@ _IN_SHORT: Final = {
     "network.refused": "connection refused",
     "network.tls": "TLS failed",
     "network.timeout": "no answer in time",
-    "network.closed": "the connection was closed before the end of an answer",
+    "network.closed": "the answer broke off",
     "network.http": "what came is not HTTP",
     "network.encoding": "the answer is encoded",
     "network.too-large": "the answer is too large",

@@ -18,6 +18,8 @@ from kagimori_protocol.errors import KagimoriError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from msgspec import UnsetType
+
     from kagimori_agent.attempt import Answered
     from kagimori_protocol.messages import Verdict
 
@@ -59,9 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
-        "--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="agent.toml (default: %(default)s)"
+        "--config",
+        type=Path,
+        default=DEFAULT_CONFIG,
+        metavar="FILE",
+        help="agent.toml (default: %(default)s)",
     )
-    shared.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+    shared.add_argument(
+        "--json", action="store_true", help="print one JSON object on stdout, and nothing else there"
+    )
     parser = argparse.ArgumentParser(
         prog=console.NAME,
         description="Prove what this VM has booted and get the keys of its disks from its owner's verifier.",
@@ -102,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         "Ask the verifier for its verdict on this boot as it is. No key travels and no PCR changes.",
     )
     dry_run.add_argument("--all", action="store_true", help="show the checks that hold, too")
-    dry_run.add_argument("--save", type=Path, metavar="DIR", help="keep what was sent and the verdict in a new directory")
+    dry_run.add_argument(
+        "--save", type=Path, metavar="DIR", help="keep what was sent and the verdict in a new directory"
+    )
     verb(
         "doctor",
         _doctor,
@@ -126,7 +136,9 @@ def _unlock(options: argparse.Namespace) -> int:
 
     memory.forbid_core_dumps()
     if not memory.lock_memory():
-        console.say("memory cannot be locked: keys could be swapped out, so use no swap before the root is open")
+        console.say(
+            "memory cannot be locked: keys could be swapped out, so use no swap before the root is open"
+        )
     unlocked = unlock(load(options.config), console.say, prove=options.prove)
     if options.json:
         _print_json(
@@ -161,7 +173,12 @@ def _dry_run(options: argparse.Namespace) -> int:
             for check in verdict.checks
         ]
         _print_json(
-            {"allowed": verdict.allowed, "session": session, "verifier": answered.endpoint.name, "checks": checks}
+            {
+                "allowed": verdict.allowed,
+                "session": session,
+                "verifier": answered.endpoint.name,
+                "checks": checks,
+            }
         )
     else:
         console.show_checks(verdict.checks, every=options.all)
@@ -191,7 +208,11 @@ def _cap(options: argparse.Namespace) -> int:
     capped = cap(config.tpm.cap_pcr, driver=driver, tcti=config.tpm.tcti)
     if options.json:
         _print_json(
-            {"capped": [{"tpm": one.tpm, "before": one.before.hex(), "after": one.after.hex()} for one in capped]}
+            {
+                "capped": [
+                    {"tpm": one.tpm, "before": one.before.hex(), "after": one.after.hex()} for one in capped
+                ]
+            }
         )
         return 0
     for one in capped:
@@ -216,7 +237,7 @@ def _save(directory: Path, verdict: Verdict, answered: Answered) -> None:
     from kagimori_protocol import messages  # noqa: PLC0415 - see the import budget
 
     evidence = messages.decode(messages.Evidence, answered.evidence)
-    parts: dict[str, bytes | messages.UnsetType] = {
+    parts: dict[str, bytes | UnsetType] = {
         "hello.json": answered.hello,
         "evidence.json": answered.evidence,
         "report.bin": evidence.report,
@@ -230,7 +251,8 @@ def _save(directory: Path, verdict: Verdict, answered: Answered) -> None:
         values = {str(value.index): value.digest.hex() for value in evidence.pcrs}
         parts["pcrs.json"] = json.dumps({"sha256": values}, indent=2).encode()
     checks = [
-        {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found} for check in verdict.checks
+        {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found}
+        for check in verdict.checks
     ]
     parts["verdict.json"] = json.dumps({"allowed": verdict.allowed, "checks": checks}, indent=2).encode()
     for name, content in parts.items():

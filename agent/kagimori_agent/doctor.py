@@ -78,9 +78,9 @@ def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
     """Look at everything that agent.toml at ``path`` leads to. ``root`` is where sys, proc, dev and boot are."""
     findings: list[Finding] = []
 
-    def look(subject: str, at: Callable[[], str]) -> None:
+    def look(subject: str, at: Callable[..., str], *arguments: object) -> None:
         try:
-            findings.append(Finding(subject, at()))
+            findings.append(Finding(subject, at(*arguments)))
         except KagimoriError as error:
             findings.append(Finding(subject, error=error))
 
@@ -89,20 +89,18 @@ def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
     except KagimoriError as error:
         return [Finding(f"configuration {path}", error=error)]
     findings.append(Finding(f"configuration {path}", f"VM {config.vm_id}, {len(config.verifiers)} verifiers"))
-    look("kernel command line", lambda: _command_line(root))
+    look("kernel command line", _command_line, root)
     for option, (since, purpose) in KERNEL_OPTIONS.items():
-        if config.kind == "svsm-vtpm" or option not in _SVSM_ONLY:
-            if config.tpm.tcti is not None and option in _SVSM_ONLY:
-                continue
-            look(f"kernel option {option}", lambda o=option, s=since, p=purpose: _kernel_option(root, o, s, p))
-    look("report door", lambda: _report_door(config.tsm.root))
+        if option not in _SVSM_ONLY or (config.kind == "svsm-vtpm" and config.tpm.tcti is None):
+            look(f"kernel option {option}", _kernel_option, root, option, since, purpose)
+    look("report door", _report_door, config.tsm.root)
     if config.kind == "svsm-vtpm":
-        look("vTPM", lambda: _tpm(config, root).name)
-        look("event log", lambda: f"{len(read_event_log(_tpm(config, root).event_log, root))} bytes")
+        look("vTPM", _tpm_name, config, root)
+        look("event log", _event_log, config, root)
     look("cryptsetup", _cryptsetup)
     for verifier in config.verifiers:
-        look(f"name of verifier {verifier.name}", lambda v=verifier: _resolve(v))
-        look(f"verifier {verifier.name}", lambda v=verifier: _reach(v))
+        look(f"name of verifier {verifier.name}", _resolve, verifier)
+        look(f"verifier {verifier.name}", _reach, verifier)
     return findings
 
 
@@ -118,7 +116,8 @@ def _command_line(root: Path) -> str:
             found=str(error.strerror),
             todo="mount -t proc proc /proc",
         ) from error
-    return "with kagimori.debug" if configuration.check_command_line(text) else "nothing of ours, as it should be"
+    debug = configuration.check_command_line(text)
+    return "with kagimori.debug" if debug else "nothing of ours, as it should be"
 
 
 def _kernel_option(root: Path, option: str, since: str, purpose: str) -> str:
@@ -167,6 +166,14 @@ def _tpm(config: Config, root: Path) -> Place:
     place = by_driver(config.tpm.driver, root)
     place.require_tcti()
     return place
+
+
+def _tpm_name(config: Config, root: Path) -> str:
+    return _tpm(config, root).name
+
+
+def _event_log(config: Config, root: Path) -> str:
+    return f"{len(read_event_log(_tpm(config, root).event_log, root))} bytes"
 
 
 def _cryptsetup() -> str:

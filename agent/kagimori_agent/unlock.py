@@ -101,9 +101,7 @@ def attester(config: Config) -> Iterator[Attester]:
     device_class("vtpm")
     from kagimori_agent.devices.vtpm import open_vtpm  # noqa: PLC0415 - loads the TPM library; only this kind needs it
 
-    with open_vtpm(
-        driver=config.tpm.driver, tcti=config.tpm.tcti, event_log=config.tpm.event_log
-    ) as vtpm:
+    with open_vtpm(driver=config.tpm.driver, tcti=config.tpm.tcti, event_log=config.tpm.event_log) as vtpm:
         yield SvsmVtpm(tsm, vtpm)
 
 
@@ -116,9 +114,7 @@ class _NotOpenedError(Exception):
         self.reason = reason
 
 
-def _get_and_open(
-    config: Config, say: Callable[[str], None], *, prove: bool
-) -> tuple[Answered, Unlocked]:
+def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) -> tuple[Answered, Unlocked]:
     if not config.volumes:
         raise UsageError(
             "There is nothing to unlock.",
@@ -133,7 +129,9 @@ def _get_and_open(
         opened = tuple(_open(config, keys, say, prove=prove))
     except KagimoriError as error:
         raise _NotOpenedError(answered.without_payload(), error) from error
-    return answered.without_payload(), Unlocked(answered.endpoint.name, transcript.session_id(answered.session), opened)
+    return answered.without_payload(), Unlocked(
+        answered.endpoint.name, transcript.session_id(answered.session), opened
+    )
 
 
 def _require_keys(answered: Answered) -> Keys:
@@ -181,7 +179,7 @@ def _confirm(config: Config, answered: Answered, outcome: Outcome, say: Callable
             connect_s=limits.connect_s,
             budget=Budget(limits.attempt_s),
         )
-        message = messages.decode(messages.ConfirmReply, reply.body)  # type: ignore[arg-type]  # a union is a type to msgspec
+        message = messages.decode_confirm_reply(reply.body)
     except (NetworkError, PeerError) as error:
         say(f"{answered.endpoint.name}: has not taken the confirmation ({error.code})")
         return False

@@ -8,7 +8,7 @@ disguise at one stroke (ADR 0001). Hashes and signatures cover the exact bytes s
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -234,27 +234,47 @@ def encode(message: Struct) -> bytes:
     return msgspec.json.encode(message)
 
 
-_DECODERS: Final[dict[object, msgspec.json.Decoder[object]]] = {}
+_DECODERS: Final[dict[object, msgspec.json.Decoder[Any]]] = {}
 _VERSION_DECODER: Final = msgspec.json.Decoder(_Versioned)
 
 
 def decode(kind: type[T], body: bytes) -> T:
-    """Read a message (or a union of messages) strictly.
+    """Read a message strictly.
 
     Raises UnsupportedVersion if the version is not spoken here, and Malformed for everything else: too large,
     not JSON, an unknown, repeated, missing or wrong field, or any form but the one that ``encode`` writes.
     """
-    if len(body) > MAX_BODY:
-        raise _malformed("message.size", f"at most {MAX_BODY} bytes", f"{len(body)} bytes")
-    return _decode(kind, body, versioned=True)
+    message: T = _decode(kind, body, versioned=True)
+    return message
+
+
+def decode_challenge_reply(body: bytes) -> ChallengeReply:
+    """Read what a verifier may reply to a Hello, as strictly as ``decode``."""
+    reply: ChallengeReply = _decode(ChallengeReply, body, versioned=True)
+    return reply
+
+
+def decode_answer(body: bytes) -> Answer:
+    """Read what a verifier may reply to Evidence, as strictly as ``decode``."""
+    answer: Answer = _decode(Answer, body, versioned=True)
+    return answer
+
+
+def decode_confirm_reply(body: bytes) -> ConfirmReply:
+    """Read what a verifier may reply to a Confirm, as strictly as ``decode``."""
+    reply: ConfirmReply = _decode(ConfirmReply, body, versioned=True)
+    return reply
 
 
 def decode_payload(body: bytes) -> Payload:
     """Read the payload of a Sealed as strictly as ``decode``. Its version is the message's that carried it."""
-    return _decode(Payload, body, versioned=False)  # type: ignore[arg-type,return-value]  # mypy takes no union for a type[T]
+    payload: Payload = _decode(Payload, body, versioned=False)
+    return payload
 
 
-def _decode(kind: type[T], body: bytes, *, versioned: bool) -> T:
+def _decode(kind: object, body: bytes, *, versioned: bool) -> Any:  # noqa: ANN401 - of ``kind``, a type or a union
+    if len(body) > MAX_BODY:
+        raise _malformed("message.size", f"at most {MAX_BODY} bytes", f"{len(body)} bytes")
     decoder = _DECODERS.get(kind)
     if decoder is None:
         decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)

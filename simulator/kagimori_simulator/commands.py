@@ -77,7 +77,9 @@ class Commands:
         refusal = self.verifier("ledger", "refusals", "--limit", "1", "--json").json()[:1]
         if refusal and (not entry or refusal[0]["created"] >= entry[0]["created"]):
             found = refusal[0]
-            return [{"id": found["code"], "ok": False, "expected": found["expected"], "found": found["found"]}]
+            return [
+                {"id": found["code"], "ok": False, "expected": found["expected"], "found": found["found"]}
+            ]
         checks: list[dict[str, Any]] = entry[0]["body"].get("checks", []) if entry else []
         return checks
 
@@ -86,7 +88,15 @@ class Commands:
         """Run ``kagimori-verifier serve`` until the block ends."""
         identity = self.verifier("identity", "show", "--json").json()
         log = (self._directory / "verifier.log").open("wb")
-        command = [sys.executable, "-m", "kagimori_verifier", "--config", str(self._config), "serve", "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "kagimori_verifier",
+            "--config",
+            str(self._config),
+            "serve",
+            "--json",
+        ]
         with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
             try:
                 line = process.stdout.readline() if process.stdout else ""
@@ -109,7 +119,13 @@ class Commands:
 def _run(module: str, *arguments: str, stdin: str = "", may_fail: bool = False) -> Done:
     command = [sys.executable, "-m", module, *arguments]
     ended = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=dict(os.environ)
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_TIMEOUT_S,
+        env=dict(os.environ),
     )
     if ended.returncode and not may_fail:
         raise KagimoriError(

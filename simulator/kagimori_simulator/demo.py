@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import os
 import secrets
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -60,7 +60,9 @@ class Demo:
         )
 
     @contextlib.contextmanager
-    def vm(self, boot: MeasuredBoot | None = None, lie: Callable[[SnpMachine], None] | None = None) -> Iterator[World]:
+    def vm(
+        self, boot: MeasuredBoot | None = None, lie: Callable[[SnpMachine], None] | None = None
+    ) -> Iterator[World]:
         """Boot the VM, with another boot or on a machine that lies."""
         machine = self.machine()
         if lie is not None:
@@ -80,7 +82,10 @@ class Demo:
         failed = [check for check in checks if not check["ok"]]
         if unlocked or not failed:
             raise KagimoriError(
-                f"The attack was not refused: {title}.", code="demo.not-refused", expected="a refusal", found=told
+                f"The attack was not refused: {title}.",
+                code="demo.not-refused",
+                expected="a refusal",
+                found=told,
             )
         self.stage.refusal(title, told, failed)
         self.refusals.append({"attack": title, "told": told, "failed": failed})
@@ -98,8 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Show the whole job on this machine: attest, appraise, release, unlock, and refusals that matter.",
         epilog="exit codes: 0 all went as it should; otherwise the code of what did not",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, and nothing else")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in a new directory and keep it, to look around")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end, and nothing else"
+    )
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="work in a new directory and keep it, to look around"
+    )
     options = parser.parse_args(arguments)
     told = stage.choose(as_json=options.json)
     try:
@@ -141,19 +150,25 @@ def _play(told: Stage, directory: Path) -> dict[str, Any]:
 
 def _enrol(told: Stage, commands: Commands, directory: Path, root: AmdRoot, chip_id: bytes) -> VolumeAt:
     """Tell the verifier what is good, and give the disk a keyslot of its own."""
-    with told.step("its operator adds the simulated root by name, and imports certificates and revocation list"):
+    with told.step(
+        "its operator adds the simulated root by name, and imports certificates and revocation list"
+    ):
         for name, content in (("ark", root.ark_der), ("ask", root.ask_der), ("crl", root.crl())):
             (directory / f"{name}.der").write_bytes(content)
         ark = str(directory / "ark.der")
         commands.verifier("endorsements", "root", "add", "--certificate", ark, "--label", "simulated")
-        commands.verifier("endorsements", "import", *(str(directory / f"{name}.der") for name in ("ark", "ask", "crl")))
+        commands.verifier(
+            "endorsements", "import", *(str(directory / f"{name}.der") for name in ("ark", "ask", "crl"))
+        )
     with told.step(f"profile {PROFILE}: firmware floor, boot through GRUB, one SVSM build"):
         commands.verifier("profile", "add", PROFILE, "--boot-way", "grub", "--tcb-floor", FLOOR)
         commands.verifier(
             *("reference", "measurement", "add", SVSM_MEASUREMENT.hex(), "--profile", PROFILE),
             *("--kind", "svsm-vtpm", "--label", "svsm 2026.10", "--svsm-feature", "vtpm"),
         )
-    with told.step(f"VM {VM} may run on one chip; its LUKS2 volume gets a keyslot for the verifier's unlock key"):
+    with told.step(
+        f"VM {VM} may run on one chip; its LUKS2 volume gets a keyslot for the verifier's unlock key"
+    ):
         commands.verifier("vm", "add", VM, "--profile", PROFILE, "--chip", chip_id.hex())
         image, passphrase = directory / "disk.img", secrets.token_hex(16)
         uuid = disk.make_volume(image, passphrase.encode())
@@ -171,7 +186,9 @@ def _honest_boot(demo: Demo) -> dict[str, Any]:
     with demo.vm() as world:
         with told.step("kagimori-agent dry-run: the verifier has no reference values yet, and says so"):
             asked = demo.commands.agent(world, "dry-run", "--json", may_fail=True).json()
-        with told.step("the owner looks at what the VM showed and accepts it: kagimori-verifier reference accept"):
+        with told.step(
+            "the owner looks at what the VM showed and accepts it: kagimori-verifier reference accept"
+        ):
             demo.commands.verifier("reference", "accept", asked["session"], "--yes", "--label", "first boot")
         with told.step("kagimori-agent unlock"):
             unlocked = demo.commands.agent(world, "unlock", "--json", *demo.prove()).json()
@@ -222,7 +239,7 @@ def _has_device_mapper() -> bool:
 
 
 def _close(name: str) -> None:
-    os.spawnlp(os.P_WAIT, "cryptsetup", "cryptsetup", "close", name)
+    subprocess.run(["cryptsetup", "close", name], check=True, timeout=30)
 
 
 if __name__ == "__main__":

@@ -23,16 +23,31 @@ def make_volume(path: Path, passphrase: bytes) -> str:
     """
     with path.open("wb") as file:
         file.truncate(VOLUME_BYTES)
-    _cryptsetup("luksFormat", "--batch-mode", "--type", "luks2", *_FAST, "--key-file", "-", str(path), secret=passphrase)
+    _cryptsetup(
+        "luksFormat",
+        "--batch-mode",
+        "--type",
+        "luks2",
+        *_FAST,
+        "--key-file",
+        "-",
+        str(path),
+        secret=passphrase,
+    )
     return _cryptsetup("luksUUID", str(path)).strip()
 
 
 def _cryptsetup(*arguments: str, secret: bytes = b"") -> str:
     try:
-        done = subprocess.run(["cryptsetup", *arguments], input=secret, capture_output=True, check=True, timeout=60)
+        done = subprocess.run(
+            ["cryptsetup", *arguments], input=secret, capture_output=True, check=True, timeout=60
+        )
     except FileNotFoundError as error:
         raise ImageError(
-            "cryptsetup is missing.", code="simulator.cryptsetup", expected="the program cryptsetup", found="none"
+            "cryptsetup is missing.",
+            code="simulator.cryptsetup",
+            expected="the program cryptsetup",
+            found="none",
         ) from error
     except subprocess.SubprocessError as error:
         stderr = getattr(error, "stderr", None) or b""

@@ -71,7 +71,9 @@ class PlainStage:
     def end(self, result: Mapping[str, Any]) -> None:
         """Print a last line."""
         refused = len(result["refusals"])
-        print(f"\nDone: the honest boot got its key ({result['volume']}), {refused} others did not.", flush=True)
+        print(
+            f"\nDone: the honest boot got its key ({result['volume']}), {refused} others did not.", flush=True
+        )
 
 
 class JsonStage:
@@ -133,7 +135,9 @@ class TerminalStage:
         for check in checks:
             if not (only_failed and check["ok"]):
                 mark = Text("✓", "green") if check["ok"] else Text("✗", "bold red")
-                table.add_row(mark, Text(check["id"]), Text(_short(check["expected"])), Text(_short(check["found"])))
+                table.add_row(
+                    mark, Text(check["id"]), Text(_short(check["expected"])), Text(_short(check["found"]))
+                )
         self._console.print(table)
 
     def refusal(self, title: str, told: str, checks: Checks) -> None:

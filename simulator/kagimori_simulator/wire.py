@@ -27,11 +27,11 @@ class Wire:
     def challenge(self, hello: bytes) -> tuple[bytes, ChallengeReply]:
         """Ask for a challenge with a recorded Hello."""
         body = self.post(messages.PATH_CHALLENGE, hello)
-        return body, messages.decode(messages.ChallengeReply, body)  # type: ignore[arg-type,return-value]  # a union is a type to msgspec
+        return body, messages.decode_challenge_reply(body)
 
     def release(self, evidence: bytes) -> Answer:
         """Send evidence."""
-        return messages.decode(messages.Answer, self.post(messages.PATH_RELEASE, evidence))  # type: ignore[arg-type,return-value]  # as above
+        return messages.decode_answer(self.post(messages.PATH_RELEASE, evidence))
 
     def replay(self, hello: bytes, evidence: bytes, *, fresh: bool, **changes: Any) -> Answer:  # noqa: ANN401 - fields of Evidence
         """Send recorded evidence again, with a ``fresh`` challenge in place of the recorded one, or with ``changes``."""

@@ -63,7 +63,9 @@ class World:
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, directory: Path, machine: SnpMachine, boot: MeasuredBoot | None = None) -> Iterator[World]:
+    def running(
+        cls, directory: Path, machine: SnpMachine, boot: MeasuredBoot | None = None
+    ) -> Iterator[World]:
         """Boot the VM: below an SVSM if the machine has one, measuring ``boot`` (by default a GRUB boot)."""
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:

@@ -19,7 +19,8 @@ from kagimori_verifier.refusals import Refusals
 from kagimori_verifier.release import Release
 from kagimori_verifier.server import application
 from kagimori_verifier.service import Service
-from kagimori_verifier.store import Store, settings as stored
+from kagimori_verifier.store import Store
+from kagimori_verifier.store import settings as stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,13 +12,22 @@ class Metrics:
         """Start at zero, in a registry of its own."""
         self.registry = CollectorRegistry()
         self._replies = Counter(
-            "kagimori_replies", "Signed replies by request path and status.", ["path", "status"], registry=self.registry
+            "kagimori_replies",
+            "Signed replies by request path and status.",
+            ["path", "status"],
+            registry=self.registry,
         )
         self._unavailable = Counter(
-            "kagimori_unavailable", "Requests answered with 503, by reason.", ["reason"], registry=self.registry
+            "kagimori_unavailable",
+            "Requests answered with 503, by reason.",
+            ["reason"],
+            registry=self.registry,
         )
         self._decisions = Counter(
-            "kagimori_decisions", "Judged evidence by purpose and decision.", ["purpose", "decision"], registry=self.registry
+            "kagimori_decisions",
+            "Judged evidence by purpose and decision.",
+            ["purpose", "decision"],
+            registry=self.registry,
         )
         self._confirms = Counter(
             "kagimori_confirms", "Verified confirmations by outcome.", ["outcome"], registry=self.registry

@@ -23,7 +23,14 @@ class Refusals:
         self._store = store
 
     def note(  # noqa: PLR0913 - the columns of one row
-        self, *, at_s: int, path: str, session: str | None, vm_id: str | None, error: KagimoriError, source: str
+        self,
+        *,
+        at_s: int,
+        path: str,
+        session: str | None,
+        vm_id: str | None,
+        error: KagimoriError,
+        source: str,
     ) -> None:
         """Write one refusal down."""
         _log.warning("refused", path=path, session=session, vm=vm_id, source=source, **error.as_dict())

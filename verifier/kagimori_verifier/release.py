@@ -85,7 +85,9 @@ class Release:
             if known.outcome == confirm.outcome:
                 return
             if known.outcome in _FINAL or (known.decision != KEYS and confirm.outcome != "received"):
-                raise _unconfirmed("confirm.order", f"{known.outcome or 'received'}, as it was", confirm.outcome)
+                raise _unconfirmed(
+                    "confirm.order", f"{known.outcome or 'received'}, as it was", confirm.outcome
+                )
             redemptions.set_outcome(txn, session_sha256, confirm.outcome)
             observations.confirm(txn, known.session)
             if confirm.outcome == "opened":
@@ -152,9 +154,7 @@ class Release:
                 )
             row = rows[uuid]
             unlock_key = self._unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
-            keys.append(
-                messages.VolumeKey(uuid=uuid, unlock_key=unlock_key, header_epoch=row.header_epoch)
-            )
+            keys.append(messages.VolumeKey(uuid=uuid, unlock_key=unlock_key, header_epoch=row.header_epoch))
         return keys
 
 

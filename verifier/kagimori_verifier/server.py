@@ -104,7 +104,13 @@ async def _answer(
         _log.error("unavailable", path=path, source=source, **error.as_dict())
         return _away(503, error.code, RETRY_S)
     metrics.took(path, time.monotonic() - started)
-    _log.info("replied", path=path, source=source, status=reply.status, ms=round((time.monotonic() - started) * 1000, 1))
+    _log.info(
+        "replied",
+        path=path,
+        source=source,
+        status=reply.status,
+        ms=round((time.monotonic() - started) * 1000, 1),
+    )
     return Response(reply.body, reply.status, {HEADER: reply.signature}, JSON)
 
 

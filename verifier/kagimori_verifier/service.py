@@ -52,7 +52,7 @@ class Reply:
 class Service:
     """Answers the three requests of the protocol."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its collaborators, by name only
         self,
         *,
         pipeline: Pipeline,

@@ -45,7 +45,9 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     database: str = f"{_SQLITE}verifier.db"
     endorsements: str = "endorsements"
-    listen: Annotated[str, Meta(pattern=r"\A(\[[0-9a-fA-F:]+\]|[0-9A-Za-z.-]+):[0-9]{1,5}\Z")] = "127.0.0.1:8117"
+    listen: Annotated[str, Meta(pattern=r"\A(\[[0-9a-fA-F:]+\]|[0-9A-Za-z.-]+):[0-9]{1,5}\Z")] = (
+        "127.0.0.1:8117"
+    )
     public_urls: Annotated[list[str], Meta(min_length=1, max_length=4)]
     kek: KekSettings = msgspec.field(default_factory=KekSettings)
     tls: TlsSettings | None = None
@@ -95,8 +97,12 @@ def load(path: Path) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise _wrong(path, "TOML", str(error), "settings.toml") from error
     except msgspec.ValidationError as error:
-        raise _wrong(path, "the keys of docs/verifier.md, in their types", str(error), "settings.key") from error
-    settings = Settings(directory=path.resolve().parent, **{name: getattr(file, name) for name in file.__struct_fields__})
+        raise _wrong(
+            path, "the keys of docs/verifier.md, in their types", str(error), "settings.key"
+        ) from error
+    settings = Settings(
+        directory=path.resolve().parent, **{name: getattr(file, name) for name in file.__struct_fields__}
+    )
     if not 0 <= settings.port <= 0xFFFF:  # noqa: PLR2004 - the range of ports
         raise _wrong(path, "a port up to 65535", settings.listen, "settings.key")
     return settings

@@ -47,7 +47,9 @@ class FileKek:
         except FileExistsError as error:
             raise _wrong(self._path, "no file yet", "one, which is left alone", "kek.exists") from error
         except OSError as error:
-            raise _wrong(self._path, "a file that can be written", str(error.strerror), "kek.write") from error
+            raise _wrong(
+                self._path, "a file that can be written", str(error.strerror), "kek.write"
+            ) from error
         return kek
 
     def read(self) -> bytes:
@@ -55,10 +57,16 @@ class FileKek:
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise _wrong(self._path, "a regular file that can be read", str(error.strerror), "kek.read") from error
+            raise _wrong(
+                self._path, "a regular file that can be read", str(error.strerror), "kek.read"
+            ) from error
         with os.fdopen(descriptor, "rb") as file:
             facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode) or facts.st_mode & _OTHERS or facts.st_uid not in {0, os.geteuid()}:
+            if (
+                not stat.S_ISREG(facts.st_mode)
+                or facts.st_mode & _OTHERS
+                or facts.st_uid not in {0, os.geteuid()}
+            ):
                 found = f"mode {stat.S_IMODE(facts.st_mode):04o}, owner {facts.st_uid}"
                 raise _wrong(self._path, "mode 0600 or 0400, owned by root or this user", found, "kek.mode")
             return _sized(self._path, file.read(KEK_SIZE + 1))

@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 _RSA_BITS: Final = 2048
 _RSA_EXPONENT: Final = 65537
 _P256_SIZE: Final = 32
+_AK_ATTRIBUTES: Final = {
+    "restricted": TPMA_OBJECT.RESTRICTED,
+    "sign": TPMA_OBJECT.SIGN_ENCRYPT,
+    "fixedTPM": TPMA_OBJECT.FIXEDTPM,
+    "fixedParent": TPMA_OBJECT.FIXEDPARENT,
+    "sensitiveDataOrigin": TPMA_OBJECT.SENSITIVEDATAORIGIN,
+}
+"""The attributes of tpm.AK_REQUIRED, by the names of TPM 2.0 part 2, section 8.3."""
 
 
 def verify_manifest(trail: Trail, report: Report, t0: bytes, manifest: bytes, hello_ek: bytes) -> bytes:
@@ -73,12 +81,14 @@ def verify_ak(trail: Trail, ak_public: bytes) -> bytes:
         public = tpm.parse_public(ak_public)
         name = tpm.object_name(ak_public)
     attributes = int(public.objectAttributes)
-    required, forbidden = int(tpm.AK_REQUIRED), int(TPMA_OBJECT.DECRYPT)
+    wrong = [f"not {name}" for name, bit in _AK_ATTRIBUTES.items() if not attributes & int(bit)]
+    if attributes & int(TPMA_OBJECT.DECRYPT):
+        wrong.append("decrypt")
     trail.require(
         "ak.attributes",
-        attributes & required == required and not attributes & forbidden,
-        expected="restricted, sign, fixedTPM, fixedParent, sensitiveDataOrigin; not decrypt",
-        found=f"0x{attributes:08x} ({TPMA_OBJECT(attributes)})",
+        not wrong,
+        expected=", ".join(_AK_ATTRIBUTES) + "; not decrypt",
+        found=f"0x{attributes:08x}" + (": " + ", ".join(wrong) if wrong else ""),
     )
     trail.require(
         "ak.scheme",
