@@ -1,0 +1,56 @@
+"""What authentic evidence showed of a boot; learnable only once its Confirm has arrived."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import Row, delete, insert, select, update
+
+from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.schema import observation
+
+KEPT: Final = 20
+"""Observations kept of each VM, confirmed and unconfirmed ones apart: what is unproven pushes out nothing proven."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """PCR values and events of one session; ``pcrs`` as in references.BootStateRow."""
+
+    session: str
+    vm_id: str
+    profile: str
+    created: int
+    confirmed: bool
+    pcrs: dict[str, dict[str, Any]]
+
+
+def add(txn: Txn, row: Observation) -> None:
+    """Keep an observation, and forget the oldest of its kind beyond what is kept."""
+    txn.execute(insert(observation).values(asdict(row) | {"pcrs": msgspec.json.encode(row.pcrs).decode()}))
+    same = (observation.c.vm_id == row.vm_id, observation.c.confirmed.is_(row.confirmed))
+    newest = select(observation.c.session).where(*same).order_by(observation.c.created.desc()).limit(KEPT)
+    txn.execute(delete(observation).where(*same, observation.c.session.not_in(newest)))
+
+
+def confirm(txn: Txn, session: str) -> None:
+    """A Confirm has verified: the AK behind this observation is proven."""
+    txn.execute(update(observation).where(observation.c.session == session).values(confirmed=True))
+
+
+def get(txn: Txn, session: str) -> Observation | None:
+    """Give the observation of a session, or None."""
+    row = txn.execute(select(observation).where(observation.c.session == session)).one_or_none()
+    return None if row is None else _observation(row)
+
+
+def for_vm(txn: Txn, vm_id: str) -> tuple[Observation, ...]:
+    """Give a VM's observations, newest first."""
+    statement = select(observation).where(observation.c.vm_id == vm_id).order_by(observation.c.created.desc())
+    return tuple(_observation(row) for row in txn.execute(statement))
+
+
+def _observation(row: Row[Any]) -> Observation:
+    return Observation(**(dict(row._mapping) | {"pcrs": msgspec.json.decode(row.pcrs)}))  # noqa: SLF001 - SQLAlchemy's public name for it

@@ -1,0 +1,46 @@
+"""Profiles: the policies that VMs share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import delete, insert, select, update
+
+from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.schema import profile
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileRow:
+    """A profile; ``policy`` is JSON (appraise.policy)."""
+
+    name: str
+    policy: str
+    created: int
+
+
+def add(txn: Txn, row: ProfileRow) -> None:
+    """Keep a new profile."""
+    txn.execute(insert(profile).values(asdict(row)))
+
+
+def replace(txn: Txn, name: str, policy: str) -> bool:
+    """Change a profile's policy; tells whether there was one."""
+    return txn.execute(update(profile).where(profile.c.name == name).values(policy=policy)).rowcount > 0
+
+
+def get(txn: Txn, name: str) -> ProfileRow | None:
+    """Give a profile, or None."""
+    row = txn.execute(select(profile).where(profile.c.name == name)).one_or_none()
+    return None if row is None else ProfileRow(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+
+
+def all(txn: Txn) -> tuple[ProfileRow, ...]:  # noqa: A001 - read as profiles.all
+    """Give all of them, by name."""
+    rows = txn.execute(select(profile).order_by(profile.c.name))
+    return tuple(ProfileRow(**row._mapping) for row in rows)  # noqa: SLF001 - as above
+
+
+def remove(txn: Txn, name: str) -> bool:
+    """Drop a profile that no VM and no reference value uses; tells whether there was one."""
+    return txn.execute(delete(profile).where(profile.c.name == name)).rowcount > 0

@@ -1,0 +1,115 @@
+"""Sessions that were used: what was decided, for which evidence, and the answer that the same evidence gets again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import sqlalchemy as sa
+from sqlalchemy import Table, select, update
+from sqlalchemy.exc import IntegrityError
+
+from kagimori_protocol.errors import OperatorError
+from kagimori_protocol.messages import Kind, Outcome, Purpose
+from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.schema import direct_grant, opened_boot, redemption
+
+
+class AlreadyRedeemed(OperatorError):
+    """Another transaction has redeemed this session meanwhile."""
+
+    default_code = "session.raced"
+
+
+@dataclass(frozen=True, slots=True)
+class Redemption:
+    """A used session. ``decision`` is keys, allowed or denied; ``confirm_key`` is wrapped."""
+
+    session_sha256: bytes
+    session: str
+    evidence_sha256: bytes
+    vm_id: str
+    purpose: Purpose
+    decision: str
+    kind: Kind
+    signer: str
+    chip_id: bytes
+    report_id: bytes
+    binding: bytes
+    created: int
+    expires: int
+    answer: bytes | None = field(repr=False)
+    confirm_key: bytes | None = field(repr=False)
+    outcome: Outcome | None
+
+
+def find(txn: Txn, session_sha256: bytes) -> Redemption | None:
+    """Give what a session was used for, or None."""
+    row = txn.execute(select(redemption).where(redemption.c.session_sha256 == session_sha256)).one_or_none()
+    return None if row is None else Redemption(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+
+
+def by_session(txn: Txn, session: str) -> Redemption | None:
+    """Give what a session was used for, by the name that people use; None for an unknown or ambiguous one."""
+    rows = txn.execute(select(redemption).where(redemption.c.session == session)).all()
+    return Redemption(**rows[0]._mapping) if len(rows) == 1 else None  # noqa: SLF001 - as above
+
+
+def insert(txn: Txn, row: Redemption) -> None:
+    """Use a session. Raises AlreadyRedeemed if another transaction was first."""
+    try:
+        txn.execute(sa.insert(redemption).values(asdict(row)))
+    except IntegrityError as error:
+        raise AlreadyRedeemed("A session was used twice at once.", expected="one use", found="two") from error
+
+
+def store_answer(txn: Txn, session_sha256: bytes, answer: bytes, confirm_key: bytes) -> None:
+    """Keep the answer, and its confirm key, wrapped."""
+    where = redemption.c.session_sha256 == session_sha256
+    txn.execute(update(redemption).where(where).values(answer=answer, confirm_key=confirm_key))
+
+
+def set_outcome(txn: Txn, session_sha256: bytes, outcome: Outcome) -> None:
+    """Write down what became of an answer."""
+    where = redemption.c.session_sha256 == session_sha256
+    txn.execute(update(redemption).where(where).values(outcome=outcome))
+
+
+def purge_answers(txn: Txn, now_s: int) -> None:
+    """Drop the answers of sessions that have expired: nobody can ask for them again."""
+    where = (redemption.c.expires < now_s, redemption.c.answer.is_not(None))
+    txn.execute(update(redemption).where(*where).values(answer=None))
+
+
+def claim_direct_grant(
+    txn: Txn, signer: str, chip_id: bytes, report_id: bytes, session_sha256: bytes
+) -> bool:
+    """Claim the one keys answer of a boot without a TPM; False if another session has it."""
+    return _first(txn, direct_grant, signer, chip_id, report_id, session_sha256)
+
+
+def is_opened(txn: Txn, signer: str, chip_id: bytes, report_id: bytes) -> bool:
+    """Tell whether this boot has confirmed that its volumes are open."""
+    key = opened_boot.c
+    where = (key.signer == signer, key.chip_id == chip_id, key.report_id == report_id)
+    return txn.execute(select(key.signer).where(*where)).one_or_none() is not None
+
+
+def mark_opened(txn: Txn, signer: str, chip_id: bytes, report_id: bytes, session_sha256: bytes) -> None:
+    """Write down that this boot's volumes are open."""
+    _first(txn, opened_boot, signer, chip_id, report_id, session_sha256)
+
+
+def _first(  # noqa: PLR0913 - the columns
+    txn: Txn, table: Table, signer: str, chip_id: bytes, report_id: bytes, session_sha256: bytes
+) -> bool:
+    where = (table.c.signer == signer, table.c.chip_id == chip_id, table.c.report_id == report_id)
+    owner = txn.execute(select(table.c.session_sha256).where(*where)).scalar_one_or_none()
+    if owner is None:
+        values = {
+            "signer": signer,
+            "chip_id": chip_id,
+            "report_id": report_id,
+            "session_sha256": session_sha256,
+        }
+        txn.execute(sa.insert(table).values(values))
+    return owner in {None, session_sha256}

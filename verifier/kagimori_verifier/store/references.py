@@ -1,0 +1,117 @@
+"""Reference values: measurements, and boot states of profiles and VMs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import msgspec
+from sqlalchemy import Row, delete, insert, select
+
+from kagimori_protocol.errors import OperatorError
+from kagimori_protocol.messages import Kind
+from kagimori_verifier.store import schema
+from kagimori_verifier.store.database import Txn
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurementRow:
+    """A MEASUREMENT that a profile knows."""
+
+    digest: bytes
+    profile: str
+    kind: Kind
+    label: str
+    svsm_features: list[str]
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class BootStateRow:
+    """PCR values that belong together.
+
+    ``owner_kind`` is ``profile`` or ``vm``; ``pcrs`` is {"4": {"digest": hex, "events": [[hex, description], ...]}};
+    ``id`` is 0 before it is kept.
+    """
+
+    owner_kind: str
+    owner: str
+    label: str
+    pcrs: dict[str, dict[str, Any]]
+    source: str
+    created: int
+    id: int = 0
+
+
+def add_measurement(txn: Txn, row: MeasurementRow) -> None:
+    """Keep a measurement. Raises OperatorError if another profile knows it as another kind: it has only one."""
+    kinds = (
+        txn.execute(select(schema.measurement.c.kind).where(schema.measurement.c.digest == row.digest))
+        .scalars()
+        .all()
+    )
+    if any(kind != row.kind for kind in kinds):
+        raise OperatorError(
+            "A measurement cannot be of two kinds.",
+            code="reference.kind",
+            expected=f"kind {kinds[0]}, as it is known already",
+            found=row.kind,
+            todo="Remove the wrong one first: `kagimori-verifier reference list`.",
+        )
+    values = asdict(row) | {"svsm_features": _text(row.svsm_features)}
+    txn.execute(insert(schema.measurement).values(values))
+
+
+def measurement(txn: Txn, profile: str, digest: bytes) -> MeasurementRow | None:
+    """Give the measurement of a profile, or None."""
+    where = (schema.measurement.c.profile == profile, schema.measurement.c.digest == digest)
+    row = txn.execute(select(schema.measurement).where(*where)).one_or_none()
+    return None if row is None else _measurement(row)
+
+
+def measurements(txn: Txn, profile: str | None = None) -> tuple[MeasurementRow, ...]:
+    """Give the measurements of a profile, or of all."""
+    statement = select(schema.measurement).order_by(
+        schema.measurement.c.profile, schema.measurement.c.created
+    )
+    if profile is not None:
+        statement = statement.where(schema.measurement.c.profile == profile)
+    return tuple(_measurement(row) for row in txn.execute(statement))
+
+
+def remove_measurement(txn: Txn, profile: str, digest: bytes) -> bool:
+    """Forget a measurement of a profile; tells whether there was one."""
+    where = (schema.measurement.c.profile == profile, schema.measurement.c.digest == digest)
+    return txn.execute(delete(schema.measurement).where(*where)).rowcount > 0
+
+
+def add_boot_state(txn: Txn, row: BootStateRow) -> int:
+    """Keep a boot state; returns its id."""
+    values = asdict(row) | {"pcrs": _text(row.pcrs)}
+    del values["id"]
+    key = txn.execute(insert(schema.boot_state).values(values)).inserted_primary_key
+    return int(cast("tuple[int]", key)[0])
+
+
+def boot_states(txn: Txn, owner_kind: str, owner: str) -> tuple[BootStateRow, ...]:
+    """Give the boot states of a profile or a VM, oldest first."""
+    where = (schema.boot_state.c.owner_kind == owner_kind, schema.boot_state.c.owner == owner)
+    rows = txn.execute(select(schema.boot_state).where(*where).order_by(schema.boot_state.c.id))
+    return tuple(
+        BootStateRow(**(dict(row._mapping) | {"pcrs": msgspec.json.decode(row.pcrs)}))  # noqa: SLF001 - SQLAlchemy's public name for it
+        for row in rows
+    )
+
+
+def remove_boot_state(txn: Txn, state_id: int) -> bool:
+    """Forget a boot state; tells whether there was one."""
+    return txn.execute(delete(schema.boot_state).where(schema.boot_state.c.id == state_id)).rowcount > 0
+
+
+def _measurement(row: Row[Any]) -> MeasurementRow:
+    values = dict(row._mapping) | {"svsm_features": msgspec.json.decode(row.svsm_features)}  # noqa: SLF001 - as above
+    return MeasurementRow(**values)
+
+
+def _text(value: object) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,36 @@
+"""Roots that an operator added beside AMD's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import delete, insert, select
+
+from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.schema import root
+
+
+@dataclass(frozen=True, slots=True)
+class RootRow:
+    """A root by the SHA-256 of its SubjectPublicKeyInfo."""
+
+    spki_sha256: bytes
+    product: str
+    label: str
+    created: int
+
+
+def add(txn: Txn, row: RootRow) -> None:
+    """Trust a root."""
+    txn.execute(insert(root).values(asdict(row)))
+
+
+def remove(txn: Txn, spki_sha256: bytes) -> bool:
+    """Trust a root no longer; tells whether there was one."""
+    return txn.execute(delete(root).where(root.c.spki_sha256 == spki_sha256)).rowcount > 0
+
+
+def all(txn: Txn) -> tuple[RootRow, ...]:  # noqa: A001 - read as roots.all
+    """Give all of them, oldest first."""
+    rows = txn.execute(select(root).order_by(root.c.created))
+    return tuple(RootRow(**row._mapping) for row in rows)  # noqa: SLF001 - SQLAlchemy's public name for it

@@ -1,0 +1,106 @@
+"""VMs and their volumes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy import Row, delete, insert, select
+
+from kagimori_protocol.messages import Purpose
+from kagimori_verifier.store import schema
+from kagimori_verifier.store.database import Txn
+
+
+@dataclass(frozen=True, slots=True)
+class VmRow:
+    """A VM: its profile, what it may ask for, and the CHIP_IDs (hex) that it may run on."""
+
+    vm_id: str
+    profile: str
+    enabled: bool
+    purposes: list[Purpose]
+    chips: list[str]
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeRow:
+    """A volume and its wrapped unlock key; ``state`` is adding, active or removed."""
+
+    vm_id: str
+    uuid: str
+    state: str
+    wrapped: bytes = field(repr=False)
+    version: int
+    header_epoch: int
+    label: str
+    created: int
+
+
+def add(txn: Txn, row: VmRow) -> None:
+    """Keep a new VM."""
+    txn.execute(insert(schema.vm).values(_values(row)))
+
+
+def get(txn: Txn, vm_id: str) -> VmRow | None:
+    """Give a VM, or None."""
+    row = txn.execute(select(schema.vm).where(schema.vm.c.vm_id == vm_id)).one_or_none()
+    return None if row is None else _vm(row)
+
+
+def all(txn: Txn) -> tuple[VmRow, ...]:  # noqa: A001 - read as vms.all
+    """Give all VMs, by id."""
+    return tuple(_vm(row) for row in txn.execute(select(schema.vm).order_by(schema.vm.c.vm_id)))
+
+
+def update(txn: Txn, row: VmRow) -> None:
+    """Change a VM to what ``row`` says; its id stays."""
+    txn.execute(sa.update(schema.vm).where(schema.vm.c.vm_id == row.vm_id).values(_values(row)))
+
+
+def remove(txn: Txn, vm_id: str) -> bool:
+    """Forget a VM with its volumes' keys and its boot states; tells whether there was one."""
+    txn.execute(delete(schema.volume).where(schema.volume.c.vm_id == vm_id))
+    states = schema.boot_state.c
+    txn.execute(delete(schema.boot_state).where(states.owner_kind == "vm", states.owner == vm_id))
+    return txn.execute(delete(schema.vm).where(schema.vm.c.vm_id == vm_id)).rowcount > 0
+
+
+def add_volume(txn: Txn, row: VolumeRow) -> None:
+    """Keep a volume's key."""
+    txn.execute(insert(schema.volume).values(asdict(row)))
+
+
+def volumes(txn: Txn, vm_id: str, *, state: str | None = "active") -> tuple[VolumeRow, ...]:
+    """Give a VM's volumes in one state, or in any (None), oldest first."""
+    statement = select(schema.volume).where(schema.volume.c.vm_id == vm_id).order_by(schema.volume.c.created)
+    if state is not None:
+        statement = statement.where(schema.volume.c.state == state)
+    return tuple(VolumeRow(**row._mapping) for row in txn.execute(statement))  # noqa: SLF001 - SQLAlchemy's public name for it
+
+
+def set_volume_state(txn: Txn, vm_id: str, uuid: str, version: int, state: str) -> None:
+    """Change the state of one version of a volume's key."""
+    key = schema.volume.c
+    where = (key.vm_id == vm_id, key.uuid == uuid, key.version == version)
+    txn.execute(sa.update(schema.volume).where(*where).values(state=state))
+
+
+def remove_volume(txn: Txn, vm_id: str, uuid: str, version: int) -> bool:
+    """Forget one version of a volume's key; tells whether there was one."""
+    key = schema.volume.c
+    where = (key.vm_id == vm_id, key.uuid == uuid, key.version == version)
+    return txn.execute(delete(schema.volume).where(*where)).rowcount > 0
+
+
+def _values(row: VmRow) -> dict[str, Any]:
+    lists = {name: msgspec.json.encode(getattr(row, name)).decode() for name in ("purposes", "chips")}
+    return asdict(row) | lists
+
+
+def _vm(row: Row[Any]) -> VmRow:
+    lists = {name: msgspec.json.decode(getattr(row, name)) for name in ("purposes", "chips")}
+    return VmRow(**(dict(row._mapping) | lists))  # noqa: SLF001 - as above
