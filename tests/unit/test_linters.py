@@ -74,6 +74,12 @@ def _passes(*command: str) -> None:
         pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}", pytrace=False)
 
 
+def _none(found: list[str]) -> None:
+    """Fail with every line that was found, not only with the first."""
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
+
+
 def _tracked() -> list[str]:
     """Name the files that git tracks and that are there, relative to the root."""
     listed = subprocess.run(
@@ -134,9 +140,9 @@ def test_no_judgement_opens_a_file_or_asks_what_time_it_is() -> None:
     decides = re.compile(
         r"protocol/.*\.py|verifier/kagimori_verifier/(?:claims|decision|trail|verify/.*|appraise/.*)\.py"
     )
-    assert [
-        f"{name}:{n}: {line}" for name, n, line in _lines() if decides.fullmatch(name) and asks.search(line)
-    ] == []
+    _none(
+        [f"{name}:{n}: {line}" for name, n, line in _lines() if decides.fullmatch(name) and asks.search(line)]
+    )
 
 
 def test_shellcheck_finds_nothing() -> None:
@@ -150,13 +156,13 @@ def test_no_file_is_a_room_without_walls() -> None:
     """No file has more lines than a reader bears."""
     lengths = {name: number for name, number, _ in _lines()}
     too_long = {name: n for name, n in lengths.items() if n > MOST_LINES and not MAY_BE_LONG.fullmatch(name)}
-    assert too_long == {}
+    _none([f"{name}: {n} lines" for name, n in too_long.items()])
 
 
 def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
     """A clone works anywhere: with any mirror, in any directory, under any user."""
     found = [f"{name}:{n}: {line.strip()}" for name, n, line in _lines() if NAMES_OF_ELSEWHERE.search(line)]
-    assert found == []
+    _none(found)
 
 
 def test_no_file_leaves_open_work_behind() -> None:
@@ -166,7 +172,7 @@ def test_no_file_leaves_open_work_behind() -> None:
         for name, n, line in _lines()
         if name != "LICENSE" and OPEN_WORK.search(line)
     ]
-    assert found == []
+    _none(found)
 
 
 def test_every_silenced_rule_is_named_and_has_its_reason() -> None:
@@ -181,7 +187,7 @@ def test_every_silenced_rule_is_named_and_has_its_reason() -> None:
         and SILENCED.search(line)
         and not SILENCED_WITH_REASON.search(line)
     ]
-    assert found == []
+    _none(found)
 
 
 def _locked() -> Iterator[tuple[str, str]]:
