@@ -30,7 +30,17 @@ from kagimori_verifier.verify.eventlog_layout import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["SHA256", "Event", "EventLog", "PcrValues", "UserspaceExtend", "parse", "replay", "replay_to"]
+__all__ = [
+    "EV_NO_ACTION",
+    "SHA256",
+    "Event",
+    "EventLog",
+    "PcrValues",
+    "UserspaceExtend",
+    "parse",
+    "replay",
+    "replay_to",
+]
 
 _DYNAMIC_PCRS: Final = frozenset(range(17, 23))  # all ones until a dynamic launch resets them
 
