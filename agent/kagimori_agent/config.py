@@ -30,6 +30,13 @@ MAX_BYTES: Final = 64 << 10
 DEBUG_WORD: Final = "kagimori.debug"
 ADDRESS_WORD: Final = "kagimori.ip="
 
+_SIGN_BIT: Final = 0x80
+"""In the last byte of a public key: the sign of x; the other bits are y, little-endian (RFC 8032 section 5.1.2)."""
+_P: Final = (1 << 255) - 19
+_Y_OF_ORDER_8: Final = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+SMALL_ORDER: Final = frozenset({0, 1, _P - 1, _P, _P + 1, _Y_OF_ORDER_8, _P - _Y_OF_ORDER_8})
+"""y of all points of order 1, 2, 4 and 8, and their other spellings below 2^255: as a key, anybody can sign for them."""
+
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 Url = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]{1,512}\Z")]
@@ -38,7 +45,8 @@ Url = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]{1,512}\Z")]
 class Verifier(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One verifier: where it answers, and the Ed25519 keys (raw, 32 bytes) that prove an answer is its own.
 
-    ``ca_file`` holds the CA certificates (PEM) that its TLS is checked with; the system's serve without it.
+    ``ca_file`` holds the CA certificates (PEM) that its TLS is checked with. Without it https encrypts and proves
+    nothing, and need not: the keys do that (PROTOCOL.md section 1).
     """
 
     name: Name
@@ -167,6 +175,7 @@ def _convert(content: dict[str, Any]) -> Config:
     except msgspec.ValidationError as error:  # its texts name the key and the rule, and quote no values
         raise _wrong("config.key", "the keys of agent.toml, in their types and bounds", str(error)) from error
     _require_exact_keys(content, config)
+    _require_strong_keys(config)
     _require_urls(config)
     _require_names(config)
     _require_absolute_paths(config)
@@ -209,6 +218,22 @@ def _require_exact_keys(content: dict[str, Any], config: Config) -> None:
                     "config.base64",
                     "verifiers.keys in standard, padded base64",
                     f"another spelling in a key of {verifier.name}",
+                )
+
+
+def _require_strong_keys(config: Config) -> None:
+    """Refuse keys that sign for everybody, such as 32 zeros that were left in a template.
+
+    The library that verifies takes them (RFC 8032 leaves that open), and then a signature needs no private key.
+    """
+    for verifier in config.verifiers:
+        for key in verifier.keys:
+            y = int.from_bytes(bytes([*key[:-1], key[-1] & ~_SIGN_BIT]), "little")
+            if y in SMALL_ORDER:
+                raise _wrong(
+                    "config.weak-key",
+                    "verifiers.keys that somebody holds the private key of",
+                    f"a key of {verifier.name} that anybody can sign for",
                 )
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kagimori_agent import VERSION
-from kagimori_agent.config import MAX_BYTES, Config, Limits, Tpm, check_command_line, load
+from kagimori_agent.config import MAX_BYTES, SMALL_ORDER, Config, Limits, Tpm, check_command_line, load
 from kagimori_protocol.errors import ImageError
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = base64.b64encode(bytes(range(32))).decode()
-OTHER_KEY = base64.b64encode(bytes(32)).decode()
+OTHER_KEY = base64.b64encode(bytes(range(1, 33))).decode()
 UUID = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
 OTHER_UUID = "00000000-8a52-4b7e-9c8c-0d6f3c7f2a11"
 
@@ -129,13 +132,13 @@ WRONG = {
     "an unknown kind": 'vm_id = "web1"\nkind = "tdx"\n' + VERIFIER,
     "nine verifiers": HEAD
     + "".join(
-        _verifier(f"v{n}", f'"http://h{n}"', f'"{base64.b64encode(bytes([n]) * 32).decode()}"')
+        _verifier(f"v{n}", f'"http://h{n}"', f'"{base64.b64encode(bytes([n + 2]) * 32).decode()}"')
         for n in range(9)
     ),
     "a verifier without keys": HEAD + _verifier(keys=""),
     "a verifier without urls": HEAD + _verifier(urls=""),
     "five keys": HEAD
-    + _verifier(keys=", ".join(f'"{base64.b64encode(bytes([n]) * 32).decode()}"' for n in range(5))),
+    + _verifier(keys=", ".join(f'"{base64.b64encode(bytes([n + 2]) * 32).decode()}"' for n in range(5))),
     "five urls": HEAD + _verifier(urls=", ".join(f'"http://h{n}"' for n in range(5))),
     "a key of 31 bytes": HEAD + _verifier(keys=f'"{base64.b64encode(bytes(31)).decode()}"'),
     "a key of 33 bytes": HEAD + _verifier(keys=f'"{base64.b64encode(bytes(33)).decode()}"'),
@@ -217,6 +220,34 @@ def test_a_wrong_file_is_an_error_of_the_image(written: Callable[[str], Config],
     assert error.expected
     assert error.found
     assert error.todo
+
+
+def _signs_for_everybody(key: bytes) -> bool:
+    """Try to sign some messages with no private key: s is zero, and R is a point of small order too."""
+    public = Ed25519PublicKey.from_public_bytes(key)
+    for y in SMALL_ORDER:
+        for sign in (0, 0x80):
+            point = bytearray(y.to_bytes(32, "little"))
+            point[31] |= sign
+            for message in range(32):
+                with contextlib.suppress(InvalidSignature):
+                    public.verify(bytes(point) + bytes(32), bytes([message]))
+                    return True
+    return False
+
+
+@pytest.mark.parametrize("sign", [0, 0x80])
+@pytest.mark.parametrize("y", sorted(SMALL_ORDER), ids=hex)
+def test_a_key_that_anybody_can_sign_for_is_refused(
+    written: Callable[[str], Config], y: int, sign: int
+) -> None:
+    """A template's 32 zeros verify what a stranger signed; with such a key every server would be the verifier."""
+    key = bytearray(y.to_bytes(32, "little"))
+    key[31] |= sign
+    assert _signs_for_everybody(bytes(key))
+    with pytest.raises(ImageError) as caught:
+        written(HEAD + _verifier(keys=f'"{base64.b64encode(key).decode()}"'))
+    assert caught.value.code == "config.weak-key"
 
 
 def test_a_password_in_a_url_is_not_repeated(written: Callable[[str], Config]) -> None:
