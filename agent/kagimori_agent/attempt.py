@@ -30,11 +30,6 @@ OWN_ENTROPY_BYTES: Final = 64
 _STALE: Final = frozenset({"stale-session", "used-session"})
 """Denials that a new challenge cures."""
 
-_TODO: Final = {
-    "unknown-vm": "Enrol the VM (`kagimori-verifier vm add`) or correct vm_id in agent.toml.",
-    "not-authentic": "The owner sees the reason: `kagimori-verifier explain SESSION`.",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Answered:
@@ -245,15 +240,24 @@ def _no(endpoint: Endpoint, message: object) -> KagimoriError:
             found=", ".join(map(str, message.versions)),
             todo="Update the older of the two sides.",
         )
-    code = message.code if isinstance(message, messages.Denial) else "unexpected"
-    if code in _STALE:
-        return _StaleError(f"{endpoint.name}: the challenge is no longer good ({code}).")
+    if not isinstance(message, messages.Denial):
+        return PeerError(
+            f"{endpoint.name}: gave an answer that does not belong here.",
+            code="answer.unexpected",
+            expected="a challenge or an answer",
+            found=type(message).__name__.lower(),
+        )
+    if message.code in _STALE:
+        return _StaleError(f"{endpoint.name}: the challenge is no longer good ({message.code}).")
+    explain = "`kagimori-verifier ledger refusals`"
+    if message.session:
+        explain = f"`kagimori-verifier explain {transcript.session_id(message.session)}`"
     return Refused(
         f"{endpoint.name}: denies this VM, or does not believe its evidence.",
-        code=f"denied.{code}",
+        code=f"denied.{message.code}",
         expected="an answer",
-        found=code,
-        todo=_TODO.get(code, _TODO["not-authentic"]),
+        found=message.code,
+        todo=f"The owner sees the reason: {explain}.",
     )
 
 

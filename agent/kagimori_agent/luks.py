@@ -39,6 +39,12 @@ MAX_STDERR: Final = 2048
 """Bytes of cryptsetup's messages that are kept; the rest is read and dropped."""
 ROOT: Final = Path("/")
 
+_POLL_S: Final = 0.2
+"""Seconds between two looks for a device that is not there yet."""
+_REAP_S: Final = 5.0
+"""Seconds that a killed cryptsetup gets to end: one that the host lets wait for its disk ends only with that."""
+_MAY_APPEAR: Final = frozenset({"luks.no-device", "luks.read"})
+
 _EXIT_CODES: Final = {
     # cryptsetup(8), RETURN CODES: code, what it says, what to do.
     1: ("luks.parameters", "cryptsetup refuses its arguments.", "Use cryptsetup 2.4 or newer in the image."),
@@ -117,9 +123,11 @@ def open_volume(
 ) -> str:
     """Open a volume and return "mapped"; with ``prove`` only try the key, map nothing, and return "proved".
 
-    A mapping of this name and UUID that is active already is taken for the result of an earlier attempt. Raises
-    UsageError (size of the key), ImageError (no device-mapper, no cryptsetup), DiskError (everything else).
+    ``timeout_s`` seconds are for all of it: a device that is not there yet is waited for. A mapping of this name and
+    UUID that is active already is taken for the result of an earlier attempt. Raises UsageError (size of the key),
+    ImageError (no device-mapper, no cryptsetup), DiskError (everything else).
     """
+    deadline = time.monotonic() + timeout_s
     if len(key) != KEY_SIZE:
         raise UsageError(
             "An unlock key has the wrong size; it is never padded or cut.",
@@ -131,7 +139,7 @@ def open_volume(
         _require_device_mapper(root)
         if _is_active(volume, root):
             return "mapped"
-    device = find_device(volume, root)
+    device = _await_device(volume, root, deadline)
     # The header first, then the key.
     header = check(parse(read(device)))
     _require_uuid(volume, device, header.uuid)
@@ -145,7 +153,7 @@ def open_volume(
         *("--keyfile-size", str(KEY_SIZE)),
         *(["--test-passphrase", str(device)] if prove else [str(device), volume.name]),
     ]
-    code, messages = _run(arguments, key, timeout_s)
+    code, messages = _run(arguments, key, deadline)
     if code != 0:
         raise _failure(volume, code, messages)
     if prove:
@@ -159,6 +167,17 @@ def open_volume(
             todo="See that sysfs is mounted on /sys.",
         )
     return "mapped"
+
+
+def _await_device(volume: Volume, root: Path, deadline: float) -> Path:
+    """Find the device as soon as it is there; raise what ``find_device`` says when time is up."""
+    while True:
+        try:
+            return find_device(volume, root)
+        except DiskError as error:
+            if error.code not in _MAY_APPEAR or time.monotonic() + _POLL_S > deadline:
+                raise
+        time.sleep(_POLL_S)
 
 
 def _in_proc_misc(root: Path) -> bool:
@@ -262,12 +281,11 @@ def _cryptsetup() -> Path:
     )
 
 
-def _run(arguments: list[str], key: bytes | memoryview, timeout_s: float) -> tuple[int, str]:
+def _run(arguments: list[str], key: bytes | memoryview, deadline: float) -> tuple[int, str]:
     """Run cryptsetup with the key on its standard input; give its exit code and the start of its messages.
 
-    Raises DiskError if it takes longer than ``timeout_s``, and ends it then; ImageError if it cannot be started.
+    Raises DiskError if it has not ended by ``deadline``, and kills it then; ImageError if it cannot be started.
     """
-    deadline = time.monotonic() + timeout_s
     try:
         process = subprocess.Popen(
             arguments,
@@ -284,26 +302,29 @@ def _run(arguments: list[str], key: bytes | memoryview, timeout_s: float) -> tup
             code="luks.no-cryptsetup",
             expected=f"{arguments[0]} with its libraries",
             found=str(error.strerror),
+            todo="Put cryptsetup with all its libraries into the initramfs (`ldd` names them).",
         ) from error
-    with process:
+    assert process.stdin is not None  # noqa: S101 - for the type checker; PIPE was asked for
+    assert process.stderr is not None  # noqa: S101 - as above
+    with process.stdin as stdin, process.stderr as stderr:
         try:
-            assert process.stdin is not None  # noqa: S101 - for the type checker; PIPE was asked for
-            assert process.stderr is not None  # noqa: S101 - as above
             with contextlib.suppress(BrokenPipeError):  # it failed before it read; its exit code tells why
-                process.stdin.write(key)
-            process.stdin.close()
-            messages = _drain(process.stderr, deadline)
+                stdin.write(key)
+            stdin.close()
+            messages = _drain(stderr, deadline)
             process.wait(max(0.0, deadline - time.monotonic()))
         except (TimeoutError, subprocess.TimeoutExpired):
             raise DiskError(
                 "cryptsetup takes too long.",
                 code="luks.timeout",
-                expected=f"an end within {timeout_s:g} s",
+                expected="an end within limits.cryptsetup_s",
                 found="none",
-                todo="Give the keyslot a cheaper KDF (pbkdf2 will do: the key is random), or raise cryptsetup_s.",
+                todo="Give the keyslot a cheaper KDF (pbkdf2 will do: the key is random), or raise the limit.",
             ) from None
         finally:
             process.kill()  # does nothing once it has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_REAP_S)
     printable = "".join(char if char.isprintable() else " " for char in messages.decode("ascii", "replace"))
     return process.returncode, printable.strip()
 

@@ -9,16 +9,26 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from kagimori_agent import exchange, luks
 from kagimori_agent.attempt import Answered, attest
 from kagimori_agent.budget import Budget
 from kagimori_agent.cap import cap
 from kagimori_agent.collect import Attester, SnpDirect, SvsmVtpm
+from kagimori_agent.config import check_command_line
 from kagimori_agent.devices import device_class
 from kagimori_protocol import messages, transcript
-from kagimori_protocol.errors import DiskError, KagimoriError, NetworkError, PeerError, Refused, UsageError
+from kagimori_protocol.errors import (
+    DiskError,
+    ImageError,
+    KagimoriError,
+    NetworkError,
+    PeerError,
+    Refused,
+    UsageError,
+)
 from kagimori_protocol.messages import Keys, Verdict
 
 if TYPE_CHECKING:
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
     from kagimori_agent.cap import Capped
     from kagimori_agent.config import Config
     from kagimori_protocol.messages import Outcome
+
+COMMAND_LINE: Final = Path("/proc/cmdline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,7 @@ def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -
         outcome = "opened"
     except _NotOpenedError as error:
         answered = error.answered
+        outcome = "received" if isinstance(error.reason, Refused) else "failed"
         raise error.reason from None
     finally:
         capped = cap_boot(config)
@@ -71,6 +84,7 @@ def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -
 
 def dry_run(config: Config, say: Callable[[str], None]) -> tuple[Verdict, Answered]:
     """Ask for the verdict on this boot as it is; no key travels, no PCR changes. Raises as ``attest`` does."""
+    _require_command_line()
     with attester(config) as one:
         answered = attest(config, one, "dry-run", Budget(config.limits.boot_budget_s), say)
     if not isinstance(answered.payload, Verdict):
@@ -122,6 +136,7 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
             expected="at least one [[volumes]] in agent.toml",
             found="none",
         )
+    _require_command_line()
     with attester(config) as one:
         answered = attest(config, one, "unlock", Budget(config.limits.boot_budget_s), say)
     try:
@@ -132,6 +147,21 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
     return answered.without_payload(), Unlocked(
         answered.endpoint.name, transcript.session_id(answered.session), opened
     )
+
+
+def _require_command_line() -> None:
+    """Refuse a boot whose command line says more to us than it may (PROTOCOL.md section 1)."""
+    try:
+        text = COMMAND_LINE.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ImageError(
+            "The kernel command line cannot be read.",
+            code="cmdline.read",
+            expected=str(COMMAND_LINE),
+            found=str(error.strerror),
+            todo="mount -t proc proc /proc",
+        ) from error
+    check_command_line(text)
 
 
 def _require_keys(answered: Answered) -> Keys:
@@ -147,7 +177,7 @@ def _require_keys(answered: Answered) -> Keys:
         code="refused",
         expected="; ".join(f"{check.id}: {check.expected}" for check in failed) or "every check to hold",
         found="; ".join(f"{check.id}: {check.found}" for check in failed) or "a refusal without a reason",
-        todo="If this VM was changed on purpose, its owner accepts the new state; otherwise do not.",
+        todo=f"The owner sees every check: `kagimori-verifier explain {transcript.session_id(answered.session)}`.",
     )
 
 

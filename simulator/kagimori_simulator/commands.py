@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,10 +35,13 @@ class Done:
         return json.loads(self.stdout)
 
     def told(self) -> str:
-        """Give the first line of what went wrong, without the program's name."""
-        lines = [line for line in self.stderr.splitlines() if line.startswith("kagimori-")] or [""]
-        told = [line.partition(": ")[2] for line in lines]
-        return next((line for line in reversed(told) if "refuses" in line or "denies" in line), told[-1])
+        """Give what went wrong in one line, as ``--json`` tells it."""
+        return str(self.json()["error"]["what"])
+
+    def session(self) -> str:
+        """Give the session that the error tells the owner to look at."""
+        found = re.search(r"explain ([0-9a-f]{16})", self.json()["error"].get("todo", ""))
+        return found[1] if found else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,10 @@ class Commands:
         """Remember the directory; the verifier's settings lie in ``verifier/``."""
         self._directory = directory
 
-    def verifier(self, *arguments: str, stdin: str = "") -> Done:
+    def verifier(self, *arguments: str, stdin: str = "", may_fail: bool = False) -> Done:
         """Run an administrative verb; raises KagimoriError if it fails."""
         config = [] if arguments[0] == "init" else ["--config", str(self._config)]
-        return _run("kagimori_verifier", *config, *arguments, stdin=stdin)
+        return _run("kagimori_verifier", *config, *arguments, stdin=stdin, may_fail=may_fail)
 
     def agent(self, world: World, *arguments: str, may_fail: bool = False) -> Done:
         """Run the agent in a world; raises KagimoriError if it fails, unless it may."""
@@ -66,21 +70,14 @@ class Commands:
         config = str(world.directory / "agent.toml")
         return _run("kagimori_agent", verb, "--config", config, *rest, may_fail=may_fail)
 
-    def explain(self, session: str) -> dict[str, Any]:
-        """Give what the owner sees of a session."""
-        explained: dict[str, Any] = self.verifier("explain", session, "--json").json()
-        return explained
-
-    def last_refusal(self) -> list[dict[str, Any]]:
-        """Give the checks of the newest thing that the verifier refused, in the ledger or before authenticity."""
-        entry = self.verifier("ledger", "list", "--limit", "1", "--json").json()[:1]
-        refusal = self.verifier("ledger", "refusals", "--limit", "1", "--json").json()[:1]
-        if refusal and (not entry or refusal[0]["created"] >= entry[0]["created"]):
-            found = refusal[0]
-            return [
-                {"id": found["code"], "ok": False, "expected": found["expected"], "found": found["found"]}
-            ]
-        checks: list[dict[str, Any]] = entry[0]["body"].get("checks", []) if entry else []
+    def explain(self, session: str) -> list[dict[str, Any]]:
+        """Give the checks that the owner sees of a session: those of its decision, then what was not believed."""
+        explained = self.verifier("explain", session, "--json", may_fail=True).json()
+        refused = [
+            {"id": row["code"], "ok": False, "expected": row["expected"], "found": row["found"]}
+            for row in explained["refused"]
+        ]
+        checks: list[dict[str, Any]] = explained["checks"] + refused
         return checks
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kagimori_protocol import messages
+from kagimori_protocol import messages, transcript
 from kagimori_protocol.errors import KagimoriError
 from kagimori_simulator import disk, faults, measured_boot, pe, stage
 from kagimori_simulator.amd import AmdRoot
@@ -72,15 +72,17 @@ class Demo:
             world.agent_toml(VM, [at], [self.volume])
             yield world
 
-    def attack(self, title: str, world: World, *verb: str) -> None:
+    def attack(self, title: str, world: World) -> None:
         """Let the agent ask, expect a refusal, and show it from both sides."""
-        done = self.commands.agent(world, *(verb or ("unlock", *self.prove())), may_fail=True)
-        self.refused(title, done.told(), self.commands.last_refusal(), unlocked=done.code == 0)
+        done = self.commands.agent(world, "unlock", "--json", *self.prove(), may_fail=True)
+        if done.code == 0:
+            self.refused(title, "the keys", [])
+        self.refused(title, done.told(), self.commands.explain(done.session()))
 
-    def refused(self, title: str, told: str, checks: Sequence[dict[str, Any]], *, unlocked: bool) -> None:
+    def refused(self, title: str, told: str, checks: Sequence[dict[str, Any]]) -> None:
         """Write a refusal down. A demo whose attack succeeds is a failed demo."""
         failed = [check for check in checks if not check["ok"]]
-        if unlocked or not failed:
+        if not failed:
             raise KagimoriError(
                 f"The attack was not refused: {title}.",
                 code="demo.not-refused",
@@ -192,8 +194,8 @@ def _honest_boot(demo: Demo) -> dict[str, Any]:
             demo.commands.verifier("reference", "accept", asked["session"], "--yes", "--label", "first boot")
         with told.step("kagimori-agent unlock"):
             unlocked = demo.commands.agent(world, "unlock", "--json", *demo.prove()).json()
-        explained = demo.commands.explain(unlocked["session"])
-        told.checks(explained["checks"])
+        checks = demo.commands.explain(unlocked["session"])
+        told.checks(checks)
         how = unlocked["volumes"][0]["how"]
         if how == "mapped":
             told.say(f"{VOLUME} is open, and this boot is capped")
@@ -203,7 +205,7 @@ def _honest_boot(demo: Demo) -> dict[str, Any]:
             told.say("this boot is capped")
         told.act("Whoever comes later in the same boot, or changes anything, gets nothing")
         demo.attack("root of the booted VM asks again", world)
-        return {"volume": how, "session": unlocked["session"], "checks": explained["checks"]}
+        return {"volume": how, "session": unlocked["session"], "checks": checks}
 
 
 def _refusals(demo: Demo) -> None:
@@ -230,8 +232,11 @@ def _replay_and_forge(demo: Demo, world: World, other: Vtpm) -> None:
         ("a forged EK: the manifest names the attacker's TPM", {"manifest": other.ek_public()}),
     ):
         denial = wire.replay(hello, evidence, fresh=not changes, **changes)
-        code = denial.code if isinstance(denial, messages.Denial) else "an answer"
-        demo.refused(title, f"denied: {code}", demo.commands.last_refusal(), unlocked=code == "an answer")
+        if not isinstance(denial, messages.Denial):
+            demo.refused(title, "an answer", [])
+            continue
+        checks = demo.commands.explain(transcript.session_id(denial.session))
+        demo.refused(title, f"denied: {denial.code}", checks)
 
 
 def _has_device_mapper() -> bool:

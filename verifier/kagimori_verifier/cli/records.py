@@ -22,6 +22,9 @@ _DELIVERY: Final = {
     "opened": "the VM's agent has opened its volumes",
     "failed": "the VM's agent has the answer, but could not open its volumes",
 }
+MAX_REFUSED: Final = 5
+"""Refusals shown of one session; whoever knows its token can cause more."""
+
 _WIDTH: Final = 100
 
 
@@ -88,43 +91,40 @@ def _explain(options: argparse.Namespace, output: Output) -> int:
 
 
 def _explain_session(options: argparse.Namespace, output: Output) -> int:
+    """Tell the decision about a session, and what else was sent under its name and not believed."""
     with reading(options) as txn:
         entries = ledger.read(txn, session=options.what)
         redeemed = redemptions.by_session(txn, options.what)
-        refused = refusals.newest(txn, 1, session=options.what)
+        refused = refusals.newest(txn, MAX_REFUSED, session=options.what)
     decided = next((entry for entry in entries if "checks" in entry.body), None)
+    if decided is None and not refused:
+        todo = "`kagimori-verifier ledger list` and `ledger refusals` show the sessions."
+        raise unknown("session", options.what, todo)
+    shown: dict[str, Any] = {"session": options.what, "decision": None, "checks": [], "refused": []}
     if decided is not None:
-        outcome = None if redeemed is None else redeemed.outcome
-        shown = _entry(decided) | {"checks": decided.body["checks"], "outcome": outcome}
-        shown["body"] = {name: value for name, value in decided.body.items() if name != "checks"}
-    elif refused:
-        check = {
-            "id": refused[0].code,
-            "ok": False,
-            "expected": refused[0].expected,
-            "found": refused[0].found,
-        }
-        shown = asdict(refused[0]) | {"event": "not believed", "checks": [check], "outcome": None, "body": {}}
-    else:
-        raise unknown(
-            "session",
-            options.what,
-            "`kagimori-verifier ledger list` and `ledger refusals` show the sessions.",
-        )
-    failed = [check | _meaning(check["id"]) for check in shown["checks"] if not check["ok"]]
-    output.result(shown | {"failed": failed}, *_lines(shown, failed))
-    return 0 if not failed else 1
+        shown["decision"] = _entry(decided) | {"outcome": None if redeemed is None else redeemed.outcome}
+        shown["checks"] = shown["decision"]["body"].pop("checks")
+    shown["refused"] = [asdict(row) for row in refused]
+    failed = [check["id"] for check in shown["checks"] if not check["ok"]] + [row.code for row in refused]
+    shown["failed"] = [{"id": check} | _meaning(check) for check in dict.fromkeys(failed)]
+    output.result(shown, *_lines(shown))
+    return 1 if failed else 0
 
 
-def _lines(shown: dict[str, Any], failed: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{shown['event']}: VM {shown['vm_id'] or 'unknown'}, {when(shown['created'])} UTC"]
-    lines += [f"{name}: {value}" for name, value in shown["body"].items() if isinstance(value, str)]
-    if shown["body"]:
-        lines.append(_DELIVERY[shown["outcome"]])
+def _lines(shown: dict[str, Any]) -> list[str]:
+    lines = []
+    if decision := shown["decision"]:
+        lines.append(f"{decision['event']}: VM {decision['vm_id']}, {when(decision['created'])} UTC")
+        lines += [f"{name}: {value}" for name, value in decision["body"].items() if isinstance(value, str)]
+        lines += [_DELIVERY[decision["outcome"]], ""]
     for check in shown["checks"]:
         lines.append(f"{'holds' if check['ok'] else 'FAILS'}  {check['id']}")
         lines += _wrapped("expected", check["expected"]) + _wrapped("found", check["found"])
-    for check in failed:
+    for row in shown["refused"]:
+        lines.append(f"not believed: {row['path']} from {row['source']}, {when(row['created'])} UTC")
+        lines.append(f"FAILS  {row['code']}")
+        lines += _wrapped("expected", row["expected"]) + _wrapped("found", row["found"])
+    for check in shown["failed"]:
         lines += ["", f"{check['id']}: {check['about']}", f"  to do: {check['todo']}"]
     return lines
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kagimori_protocol import signature
 from kagimori_protocol.errors import OperatorError
-from kagimori_verifier import app, settings
+from kagimori_verifier import settings
 from kagimori_verifier.cli.output import Output, add_verb, group, now_s, reading
 from kagimori_verifier.keystore.kek import FileKek
 from kagimori_verifier.store import identities
@@ -55,6 +55,8 @@ def register(verbs: Verbs) -> None:
 
 
 def _init(options: argparse.Namespace, output: Output) -> int:
+    from kagimori_verifier import app  # noqa: PLC0415 - the web stack, which small verbs do without
+
     directory: Path = options.dir
     path = directory / "verifier.toml"
     if path.exists():
@@ -107,7 +109,7 @@ def _identity_show(options: argparse.Namespace, output: Output) -> int:
 
 
 def _serve(options: argparse.Namespace, output: Output) -> int:
-    from kagimori_verifier import logs, serving  # noqa: PLC0415 - the web stack, which no other verb needs
+    from kagimori_verifier import app, logs, serving  # noqa: PLC0415 - the web stack, which small verbs do without
 
     logs.to_stderr()
     verifier = app.open_verifier(settings.load(options.config))

@@ -103,7 +103,7 @@ def _root_add(options: argparse.Namespace, output: Output) -> int:
         )
     pin = certificate.spki_sha256
     with writing(options) as txn:
-        if any(pin == known.spki_sha256 for known in (*AMD_ROOTS, *roots.all(txn))):
+        if pin in {root.spki_sha256 for root in AMD_ROOTS} | {row.spki_sha256 for row in roots.all(txn)}:
             raise exists("root", pin.hex())
         roots.add(txn, roots.RootRow(pin, product, options.label, now_s()))
         body = {"spki_sha256": pin.hex(), "product": product, "label": options.label}
@@ -116,7 +116,7 @@ def _root_add(options: argparse.Namespace, output: Output) -> int:
 def _root_list(options: argparse.Namespace, output: Output) -> int:
     with reading(options) as txn:
         added = [Root(row.spki_sha256, row.product, row.label) for row in roots.all(txn)]
-    trusted = [*AMD_ROOTS, *added]
+    trusted: list[Root] = [*AMD_ROOTS, *added]
     rows = [
         {"spki_sha256": root.spki_sha256.hex(), "product": root.product, "whose": root.label or "AMD"}
         for root in trusted
