@@ -219,6 +219,26 @@ def test_cryptsetup_that_closes_its_messages_and_stays_is_ended(
     _refused(lambda: _prove(disk, timeout_s=0.3), "luks.timeout")
 
 
+def test_cryptsetup_that_cannot_be_killed_is_left_behind(
+    disk: Path, instead: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that stalls its disk keeps the process from ending; the boot must still reach its cap."""
+    instead("exec sleep 60")
+    immortal: list[subprocess.Popen[bytes]] = []
+    kill = subprocess.Popen.kill
+
+    def shrug(process: subprocess.Popen[bytes]) -> None:
+        immortal.append(process)
+
+    monkeypatch.setattr(subprocess.Popen, "kill", shrug)
+    monkeypatch.setattr(luks, "_REAP_S", 0.2)
+    start = time.monotonic()
+    _refused(lambda: _prove(disk, timeout_s=0.3), "luks.timeout")
+    assert time.monotonic() - start < 10
+    kill(immortal[0])
+    immortal[0].wait()
+
+
 def test_messages_of_cryptsetup_are_bounded_and_printable(disk: Path, instead: Callable[[str], Path]) -> None:
     """A flood is read to its end, so that it blocks nobody, and dropped."""
     instead("cat > /dev/null; printf '\\033[2Jbad ' >&2; head -c 300000 /dev/zero | tr '\\0' x >&2; exit 4")
@@ -321,6 +341,45 @@ def test_no_device_with_the_uuid_is_told_together_with_what_was_looked_at(root: 
     node = _attach(root, "vda", disk)
     error = _refused(lambda: find_device(_volume(None, OTHER_UUID), root), "luks.no-device")
     assert str(node) in str(error.found)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_disk_that_appears_late_is_waited_for(root: Path, disk: Path, named: bool) -> None:
+    """The network may be up before the driver has found the disk."""
+    node = root / "dev/vda"
+
+    def attach() -> None:
+        time.sleep(0.4)
+        _attach(root, "vda", disk)
+
+    thread = threading.Thread(target=attach)
+    thread.start()
+    volume = _volume(node if named else None)
+    assert open_volume(volume, KEY, prove=True, timeout_s=30, root=root) == "proved"
+    thread.join()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_disk_that_never_appears_is_an_error_in_time(root: Path, named: bool) -> None:
+    """The wait is part of the limit for opening, not besides it."""
+    volume = _volume(root / "dev/vda" if named else None)
+    start = time.monotonic()
+    _refused(
+        lambda: open_volume(volume, KEY, prove=True, timeout_s=0.5, root=root),
+        "luks.read" if named else "luks.no-device",
+    )
+    assert 0.2 < time.monotonic() - start < 3
+
+
+def test_a_wrong_or_doubtful_disk_is_not_waited_out(root: Path, disk: Path) -> None:
+    """Time does not make one of two copies the right one."""
+    for name in ("vda", "vdb"):
+        _attach(root, name, disk)
+    start = time.monotonic()
+    _refused(lambda: open_volume(_volume(None), KEY, prove=True, timeout_s=30, root=root), "luks.ambiguous")
+    other = _volume(disk, OTHER_UUID)
+    _refused(lambda: open_volume(other, KEY, prove=True, timeout_s=30, root=root), "luks.other-volume")
+    assert time.monotonic() - start < 5
 
 
 def test_a_named_device_must_carry_the_uuid_too(disk: Path, tmp_path: Path) -> None:
