@@ -130,9 +130,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _unlock(options: argparse.Namespace) -> int:
-    from kagimori_agent import memory  # noqa: PLC0415 - see the import budget
-    from kagimori_agent.config import load  # noqa: PLC0415
-    from kagimori_agent.unlock import unlock  # noqa: PLC0415
+    from kagimori_agent import memory
+    from kagimori_agent.config import load
+    from kagimori_agent.unlock import unlock
 
     memory.forbid_core_dumps()
     if not memory.lock_memory():
@@ -157,9 +157,9 @@ def _unlock(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
-    from kagimori_agent.config import load  # noqa: PLC0415 - see the import budget
-    from kagimori_agent.unlock import dry_run  # noqa: PLC0415
-    from kagimori_protocol.transcript import session_id  # noqa: PLC0415
+    from kagimori_agent.config import load
+    from kagimori_agent.unlock import dry_run
+    from kagimori_protocol.transcript import session_id
 
     if options.save is not None:
         _make_directory(options.save)
@@ -188,7 +188,7 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from kagimori_agent.doctor import examine  # noqa: PLC0415 - see the import budget
+    from kagimori_agent.doctor import examine
 
     findings = examine(options.config)
     if options.json:
@@ -200,8 +200,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _cap(options: argparse.Namespace) -> int:
-    from kagimori_agent.cap import cap  # noqa: PLC0415 - see the import budget
-    from kagimori_agent.config import load  # noqa: PLC0415
+    from kagimori_agent.cap import cap
+    from kagimori_agent.config import load
 
     config = load(options.config)
     driver = config.tpm.driver if config.kind == "svsm-vtpm" else None
@@ -234,7 +234,7 @@ def _make_directory(path: Path) -> None:
 
 def _save(directory: Path, verdict: Verdict, answered: Answered) -> None:
     """Write down what was sent, as it was sent, and in parts that other tools read; no part of it is secret."""
-    from kagimori_protocol import messages  # noqa: PLC0415 - see the import budget
+    from kagimori_protocol import messages
 
     evidence = messages.decode(messages.Evidence, answered.evidence)
     parts: dict[str, bytes | UnsetType] = {

@@ -122,7 +122,8 @@ def until_answered(
 ) -> list[tuple[Endpoint, Reply | NetworkError]]:
     """Repeat ``ask`` until its results hold at least one Reply, and return them.
 
-    Raises NetworkError with code ``budget.spent``, caused by what was away last, once the budget is spent.
+    Raises NetworkError with code ``budget.spent``, caused by what was away last, once the budget has no room for
+    another try.
     """
     while True:
         results = ask()
@@ -130,11 +131,12 @@ def until_answered(
         if len(away_now) < len(results):
             return results
         last = away_now[0] if away_now else None
-        budget.require(last)
-        wait_s = min(backoff.next_s(), budget.remaining_s())
+        wait_s = backoff.next_s()
+        if wait_s >= budget.remaining_s():
+            # No try would come after this pause, so it would be for nothing.
+            raise budget.spent(last)
         say(f"no verifier answers, next try in {wait_s:.1f} s")
         sleep(wait_s)
-        budget.require(last)
 
 
 class _Question:

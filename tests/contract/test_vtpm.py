@@ -390,7 +390,7 @@ def test_closing_twice_is_fine(vtpm: Vtpm) -> None:
     vtpm.close()
 
 
-class CountingTcti(PyTCTI):
+class CountingTcti(PyTCTI):  # type: ignore[misc]  # tpm2-pytss carries no annotations
     """Passes everything on to another TCTI and notes the sizes both ways, in bytes."""
 
     def __init__(self, inner: TCTILdr, sizes: list[int]) -> None:
