@@ -35,6 +35,7 @@ class Server:
     def __init__(self, behave: Behaviour, context: ssl.SSLContext | None, pause_s: float) -> None:
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []
+        self.connections = 0
         self.hung_up = threading.Event()
         self._behave = behave
         self._context = context
@@ -55,6 +56,7 @@ class Server:
         with contextlib.suppress(OSError):
             while True:
                 connection = self._listener.accept()[0]
+                self.connections += 1
                 thread = threading.Thread(target=self._serve, args=(connection,))
                 self._threads.append(thread)
                 thread.start()

@@ -102,7 +102,7 @@ def test_a_dead_verifier_does_not_hold_up_a_live_one(loopback: Loopback) -> None
     assert said == ["dead: connection refused"]
     assert hanging.hung_up.wait(3)
     assert loopback.attempts_end()
-    assert len(hanging.bodies) == 1
+    assert hanging.connections == 1
 
 
 def test_an_answer_within_the_grace_counts(loopback: Loopback) -> None:
@@ -159,19 +159,21 @@ def test_asking_is_repeated_until_somebody_answers() -> None:
 
 
 def test_asking_ends_with_the_budget() -> None:
-    """And the error tells what was away last."""
-    clock = Clock()
+    """No pause is begun that no try can follow, and the error tells what was away last."""
+    clock, said = Clock(), list[str]()
+
+    def ask() -> Results:
+        clock.sleep(9)
+        return [(HOME, AWAY)]
+
     with pytest.raises(NetworkError) as raised:
         exchange.until_answered(
-            lambda: [(HOME, AWAY)],
-            Budget(20, clock),
-            Backoff(1, 10, random=lambda: 1.0),
-            lambda _line: None,
-            clock.sleep,
+            ask, Budget(20, clock), Backoff(1, 10, random=lambda: 1.0), said.append, clock.sleep
         )
     assert raised.value.code == "budget.spent"
     assert raised.value.__cause__ is AWAY
-    assert clock.now == 20
+    assert said == ["no verifier answers, next try in 1.0 s"]
+    assert clock.now == 19
 
 
 def test_importing_the_exchange_loads_no_network_library() -> None:

@@ -117,6 +117,26 @@ def test_a_resolver_that_hangs_meets_the_deadline(
     assert loopback.attempts_end()
 
 
+def test_a_name_that_resolves_too_late_is_not_asked(
+    loopback: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the attempt any more, so its request is not sent."""
+    server = loopback.serve(loopback.honest)
+    release = threading.Event()
+    resolve = socket.getaddrinfo
+
+    def late(host: str, port: int, *rest: int) -> object:
+        release.wait(10)
+        return resolve(host, port, *rest)
+
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    assert loopback.refusal(server.url, attempt_s=0.3).code == "network.timeout"
+    release.set()
+    assert server.hung_up.wait(3)
+    assert loopback.attempts_end()
+    assert server.bodies == []
+
+
 def test_tls_with_the_right_ca_answers(loopback: Loopback, tmp_path: Path) -> None:
     """The configured issuer, and no other store."""
     context, ca_file = loopback.certificate(tmp_path)
