@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,22 +21,27 @@ def say(text: str) -> None:
 
 
 def explain(error: KagimoriError) -> None:
-    """Tell an error on stderr: what, expected, found, what to do."""
+    """Tell an error on stderr: what, expected, found, what to do; a refusal, check by check."""
     say(error.what)
+    checks: Sequence[Check] = getattr(error, "checks", ())
+    if checks:
+        show_checks(checks, every=False, stream=sys.stderr)
+        print(f"{_INDENT}to do: {error.todo}", file=sys.stderr, flush=True)
+        return
     for name, text in (("expected", error.expected), ("found", error.found), ("to do", error.todo)):
         if text is not None:
             print(f"{_INDENT}{name}: {_one_line(text)}", file=sys.stderr, flush=True)
 
 
-def show_checks(checks: Sequence[Check], *, every: bool) -> None:
-    """Print a verdict's checks on stdout, those that failed last, where a console still shows them."""
+def show_checks(checks: Sequence[Check], *, every: bool, stream: TextIO | None = None) -> None:
+    """Print a verdict's checks (on stdout), those that failed last, where a console still shows them."""
     for check in sorted(checks, key=lambda one: not one.ok):
         if check.ok and every:
-            print(f"holds  {check.id}: {_one_line(check.found)}")
+            print(f"holds  {check.id}: {_one_line(check.found)}", file=stream)
         elif not check.ok:
-            print(f"FAILS  {check.id}")
-            print(f"{_INDENT}expected: {_one_line(check.expected)}")
-            print(f"{_INDENT}found:    {_one_line(check.found)}")
+            print(f"FAILS  {check.id}", file=stream)
+            print(f"{_INDENT}expected: {_one_line(check.expected)}", file=stream)
+            print(f"{_INDENT}found:    {_one_line(check.found)}", file=stream)
 
 
 def _one_line(text: str) -> str:

@@ -132,7 +132,7 @@ def _kernel_option(root: Path, option: str, since: str, purpose: str) -> str:
         code="doctor.kernel-option",
         expected=f"{option}=y or =m (Linux {since} or newer)",
         found=f"not set in Linux {os.uname().release}",
-        todo="Boot a kernel that has it; docs/deploy.md lists distributions.",
+        todo=f"Boot a kernel that has it, Linux {since} or newer.",
     )
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from kagimori_agent.cap import Capped
     from kagimori_agent.config import Config
-    from kagimori_protocol.messages import Outcome
+    from kagimori_protocol.messages import Check, Outcome
 
 COMMAND_LINE: Final = Path("/proc/cmdline")
 
@@ -119,6 +119,20 @@ def attester(config: Config) -> Iterator[Attester]:
         yield SvsmVtpm(tsm, vtpm)
 
 
+class KeyRefused(Refused):
+    """The verifier's verdict on this boot is no; ``checks`` are those that do not hold."""
+
+    def __init__(self, what: str, checks: list[Check], todo: str) -> None:
+        """Keep the checks beside the words."""
+        super().__init__(
+            what,
+            expected="; ".join(f"{check.id}: {check.expected}" for check in checks) or "every check to hold",
+            found="; ".join(f"{check.id}: {check.found}" for check in checks) or "a refusal without a reason",
+            todo=todo,
+        )
+        self.checks = checks
+
+
 class _NotOpenedError(Exception):
     """Carries an answer out of a failure, so that the verifier can be told that the volumes did not open."""
 
@@ -171,13 +185,11 @@ def _require_keys(answered: Answered) -> Keys:
         return payload
     if not isinstance(payload, Verdict):
         raise PeerError("An answer is neither keys nor a verdict.", code="answer.purpose")
-    failed = [check for check in payload.checks if not check.ok]
-    raise Refused(
+    explain = f"`kagimori-verifier explain {transcript.session_id(answered.session)}`"
+    raise KeyRefused(
         f"{answered.endpoint.name}: refuses the key.",
-        code="refused",
-        expected="; ".join(f"{check.id}: {check.expected}" for check in failed) or "every check to hold",
-        found="; ".join(f"{check.id}: {check.found}" for check in failed) or "a refusal without a reason",
-        todo=f"The owner sees every check: `kagimori-verifier explain {transcript.session_id(answered.session)}`.",
+        [check for check in payload.checks if not check.ok],
+        f"The owner sees every check: {explain}.",
     )
 
 
