@@ -1,0 +1,143 @@
+"""What ``kagimori-agent doctor`` finds, on made-up machines."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import socket
+from base64 import b64encode
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from kagimori_agent.doctor import Finding, examine
+
+ALL_OPTIONS = "CONFIG_TSM_REPORTS=m\nCONFIG_SEV_GUEST=m\nCONFIG_TCG_SVSM=y\nCONFIG_DM_CRYPT=m\n"
+
+
+@pytest.fixture
+def listener() -> Iterator[int]:
+    """Give the port of something that accepts connections."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def agent_toml(directory: Path, url: str) -> Path:
+    """Write a configuration with one verifier."""
+    key = b64encode(Ed25519PrivateKey.generate().public_key().public_bytes_raw()).decode()
+    path = directory / "agent.toml"
+    path.write_text(
+        f'vm_id = "web1"\n[[verifiers]]\nname = "home"\nurls = ["{url}"]\nkeys = ["{key}"]\n'
+        f'[tsm]\nroot = "{directory / "tsm"}"\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def machine(
+    root: Path, *, options: str = ALL_OPTIONS, cmdline: str = "root=/dev/mapper/cryptroot ro"
+) -> Path:
+    """Make a machine with everything that an unlock needs."""
+    (root / "proc").mkdir(parents=True)
+    (root / "proc/cmdline").write_text(cmdline, encoding="ascii")
+    (root / "proc/config.gz").write_bytes(gzip.compress(options.encode()))
+    chip = root / "sys/class/tpm/tpm0/device"
+    chip.mkdir(parents=True)
+    (root / "sys/drivers/tpm-svsm").mkdir(parents=True)
+    (chip / "driver").symlink_to(root / "sys/drivers/tpm-svsm")
+    log = root / "sys/kernel/security/tpm0"
+    log.mkdir(parents=True)
+    (log / "binary_bios_measurements").write_bytes(b"a log")
+    (root / "dev").mkdir()
+    (root / "dev/tpmrm0").touch()
+    (root / "tsm/report").mkdir(parents=True)
+    return root
+
+
+def bad(findings: list[Finding]) -> dict[str, str]:
+    """Give the subjects that are not fine, with their errors' codes."""
+    return {finding.subject: finding.error.code for finding in findings if finding.error is not None}
+
+
+def test_a_machine_with_everything_has_nothing_to_complain_of(tmp_path: Path, listener: int) -> None:
+    """Every look is fine, and the exit code is 0."""
+    root = machine(tmp_path / "root")
+    findings = examine(agent_toml(root, f"http://127.0.0.1:{listener}"), root)
+    assert bad(findings) == {}
+    assert all(finding.exit_code == 0 for finding in findings)
+
+
+def test_a_configuration_that_cannot_be_read_is_the_only_finding(tmp_path: Path) -> None:
+    """Without agent.toml there is nothing to look for."""
+    findings = examine(tmp_path / "agent.toml", tmp_path)
+    assert [finding.exit_code for finding in findings] == [4]
+
+
+@pytest.mark.parametrize(
+    ("missing", "since"),
+    [("CONFIG_TCG_SVSM", "6.16"), ("CONFIG_TSM_REPORTS", "6.7"), ("CONFIG_DM_CRYPT", "2.6")],
+)
+def test_a_kernel_without_an_option_is_named_with_the_release_that_has_it(
+    tmp_path: Path, listener: int, missing: str, since: str
+) -> None:
+    """The operator learns which option, and since when Linux has it."""
+    options = "\n".join(line for line in ALL_OPTIONS.splitlines() if not line.startswith(missing))
+    root = machine(tmp_path / "root", options=options)
+    findings = examine(agent_toml(root, f"http://127.0.0.1:{listener}"), root)
+    assert bad(findings) == {f"kernel option {missing}": "doctor.kernel-option"}
+    text = "\n".join(line for finding in findings for line in finding.lines())
+    assert f"{missing}=y or =m (Linux {since} or newer)" in text
+
+
+def test_a_kernel_that_keeps_no_configuration_is_not_called_bad(tmp_path: Path, listener: int) -> None:
+    """Unknown is said as unknown: the devices themselves are looked at, too."""
+    root = machine(tmp_path / "root")
+    (root / "proc/config.gz").unlink()
+    findings = examine(agent_toml(root, f"http://127.0.0.1:{listener}"), root)
+    assert bad(findings) == {}
+    assert any("unknown" in finding.fine for finding in findings)
+
+
+def test_a_configuration_in_boot_is_read_where_proc_has_none(tmp_path: Path, listener: int) -> None:
+    """Debian keeps it there."""
+    root = machine(tmp_path / "root")
+    (root / "proc/config.gz").unlink()
+    (root / "boot").mkdir()
+    (root / "boot" / f"config-{os.uname().release}").write_text(
+        "# CONFIG_TCG_SVSM is not set\nCONFIG_DM_CRYPT=m\n"
+    )
+    findings = examine(agent_toml(root, f"http://127.0.0.1:{listener}"), root)
+    assert "kernel option CONFIG_TCG_SVSM" in bad(findings)
+    assert "kernel option CONFIG_DM_CRYPT" not in bad(findings)
+
+
+def test_a_command_line_that_sets_more_than_it_may_is_found(tmp_path: Path, listener: int) -> None:
+    """The host writes the command line; a stray kagimori. word refuses the boot."""
+    root = machine(tmp_path / "root", cmdline="ro kagimori.verifier=http://evil")
+    findings = examine(agent_toml(root, f"http://127.0.0.1:{listener}"), root)
+    assert bad(findings) == {"kernel command line": "cmdline.word"}
+
+
+def test_no_report_door_no_tpm_and_nobody_listening_are_three_findings(tmp_path: Path) -> None:
+    """All is looked at, even after something was found."""
+    root = machine(tmp_path / "root")
+    (root / "tsm/report").rmdir()
+    (root / "sys/class/tpm/tpm0/device/driver").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    found = bad(examine(agent_toml(root, f"http://127.0.0.1:{port}"), root))
+    assert found == {
+        "report door": "doctor.report-door",
+        "vTPM": "tpm.no-driver",
+        "event log": "tpm.no-driver",
+        "verifier home": "doctor.reach",
+    }
+
+
+def test_a_name_that_does_not_resolve_is_told_apart_from_a_closed_port(tmp_path: Path) -> None:
+    """The resolver is a part of the early boot that is often missing."""
+    root = machine(tmp_path / "root")
+    found = bad(examine(agent_toml(root, "http://nowhere.invalid:1"), root))
+    assert found["name of verifier home"] == "network.dns"
