@@ -196,7 +196,7 @@ def _text(data: bytes, name: str) -> str:
 
 
 def _printable(text: str) -> bool:
-    return not text or (text.isascii() and text.isprintable())
+    return text.isascii() and text.isprintable()
 
 
 def _json(text: bytes) -> dict[str, Any]:

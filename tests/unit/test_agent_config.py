@@ -161,6 +161,7 @@ WRONG = {
     "a url with an empty query": HEAD + _verifier(urls='"https://kagi.example/?"'),
     "a url with a fragment": HEAD + _verifier(urls='"https://kagi.example/#"'),
     "a url with a backslash": HEAD + _verifier(urls='"https://kagi.example\\\\@evil"'),
+    "a url with a backslash alone": HEAD + _verifier(urls='"https://kagi.example\\\\path"'),
     "a url with a blank": HEAD + _verifier(urls='"https://kagi.example/a b"'),
     "a url with a letter beyond ASCII": HEAD + _verifier(urls='"https://kägi.example"'),
     "a url with a port too high": HEAD + _verifier(urls='"https://kagi.example:65536"'),
@@ -169,6 +170,7 @@ WRONG = {
     "a url with a port in letters": HEAD + _verifier(urls='"https://kagi.example:https"'),
     "a url with half an IPv6 address": HEAD + _verifier(urls='"https://[fd00::1"'),
     "a relative ca_file": HEAD + VERIFIER + 'ca_file = "ca.pem"\n',
+    "a ca_file that is a number": HEAD + VERIFIER + "ca_file = 5\n",
     "an empty ca_file": HEAD + VERIFIER + 'ca_file = ""\n',
     "a uuid in capitals": HEAD + VERIFIER + _volume(UUID.upper()),
     "a uuid without dashes": HEAD + VERIFIER + _volume(UUID.replace("-", "")),
@@ -193,8 +195,11 @@ WRONG = {
     "a cap PCR that is true": HEAD + VERIFIER + "[tpm]\ncap_pcr = true\n",
     "a driver that is a path": HEAD + VERIFIER + '[tpm]\ndriver = "../x"\n',
     "a limit in text": HEAD + VERIFIER + '[limits]\nattempt_s = "15"\n',
-    "a limit that is not a number": HEAD + VERIFIER + "[limits]\ngather_s = nan\n",
-    "a limit without end": HEAD + VERIFIER + "[limits]\nboot_budget_s = inf\n",
+    **{
+        f"{value} for {name}": HEAD + VERIFIER + f"[limits]\n{name} = {value}\n"
+        for name in Limits.__struct_fields__
+        for value in ("nan", "inf", "-inf")
+    },
     "a limit of no time": HEAD + VERIFIER + "[limits]\ncryptsetup_s = 0\n",
     "a negative limit": HEAD + VERIFIER + "[limits]\ngather_s = -1\n",
     "a limit of a thousand digits": HEAD + VERIFIER + f"[limits]\ngather_s = {'9' * 1000}\n",
@@ -248,6 +253,15 @@ def test_a_key_that_anybody_can_sign_for_is_refused(
     with pytest.raises(ImageError) as caught:
         written(HEAD + _verifier(keys=f'"{base64.b64encode(key).decode()}"'))
     assert caught.value.code == "config.weak-key"
+
+
+def test_bounds_belong_to_what_is_allowed(written: Callable[[str], Config]) -> None:
+    """Equal limits are in order, and a file may be as long as it may be."""
+    text = HEAD + VERIFIER + "[limits]\nbackoff_min_s = 2\nbackoff_max_s = 2\n"
+    text += "boot_budget_s = 3\nattempt_s = 3\nconnect_s = 3\n"
+    limits = written(text.ljust(MAX_BYTES, "#")).limits
+    assert limits.backoff_min_s == limits.backoff_max_s
+    assert limits.connect_s == limits.boot_budget_s
 
 
 def test_a_password_in_a_url_is_not_repeated(written: Callable[[str], Config]) -> None:

@@ -392,6 +392,19 @@ def test_a_named_device_must_carry_the_uuid_too(disk: Path, tmp_path: Path) -> N
     assert find_device(_volume(disk)) == disk
 
 
+def test_a_header_that_changes_between_two_looks_is_refused(
+    disk: Path, monkeypatch: pytest.MonkeyPatch, instead: Callable[[str], Path]
+) -> None:
+    """The host answers each read as it likes: what was searched by is asked again of what is judged."""
+    witness = disk.parent / "started"
+    instead(f"touch {witness}")
+    monkeypatch.setattr(luks, "probe", lambda _start: OTHER_UUID)
+    _refused(
+        lambda: open_volume(_volume(disk, OTHER_UUID), KEY, prove=True, timeout_s=30), "luks.other-volume"
+    )
+    assert not witness.exists()
+
+
 def test_without_sysfs_there_is_a_named_error(tmp_path: Path) -> None:
     """An initramfs mounts /sys; if it does not, that is what has to change."""
     with pytest.raises(ImageError) as caught:

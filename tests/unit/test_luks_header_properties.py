@@ -218,10 +218,19 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     "a volume key of half the size": ("luks.value", _keyslot(key_size=32)),
     "a volume key of no size": ("luks.value", _keyslot(key_size=0)),
     "a keyslot key of one byte": ("luks.value", _part("area", key_size=1)),
+    "an unknown member of the keyslot": ("luks.members", _keyslot(flags=["x"])),
+    "a priority that cryptsetup does not know": ("luks.value", _keyslot(priority=3)),
+    "an area at a place that is a number": ("luks.value", _part("area", offset=32768)),
+    "an area of a size that is a number": ("luks.value", _part("area", size=258048)),
     "an area of another type": ("luks.value", _part("area", type="none")),
     "another diffusion": ("luks.value", _part("af", hash="crc32")),
+    "a splitter that nobody knows": ("luks.value", _part("af", type="none")),
     "fewer stripes": ("luks.value", _part("af", stripes=1)),
     "an unknown KDF": ("luks.value", _part("kdf", type="none")),
+    "a KDF of a broken hash": (
+        "luks.value",
+        _keyslot(kdf={"type": "pbkdf2", "salt": "c2FsdA==", "hash": "md5", "iterations": 1000}),
+    ),
     "a KDF without its salt": ("luks.members", lambda one: one["keyslots"]["0"]["kdf"].pop("salt")),
     "a KDF that is null": ("luks.json", _keyslot(kdf=None)),
     "no keyslots": ("luks.keyslots", lambda one: one["keyslots"].clear()),
@@ -235,6 +244,10 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     ),
     "a digest of no segment": ("luks.value", _digest(segments=[])),
     "a digest of keyslots that are numbers": ("luks.digests", _digest(keyslots=[0])),
+    "a digest of keyslots that are numbers and texts": ("luks.digests", _digest(keyslots=[0, "0"])),
+    "a digest of keyslots in a text": ("luks.digests", _digest(keyslots="0")),
+    "a digest of keyslots in an object": ("luks.digests", _digest(keyslots={"0": 1})),
+    "a digest of another type": ("luks.value", _digest(type="none")),
     "a digest by a broken hash": ("luks.value", _digest(hash="md5")),
     "no digest": ("luks.digests", lambda one: one["digests"].clear()),
     "a token that gives cryptsetup another key": (
@@ -251,6 +264,7 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     ),
     "a requirement that nobody knows": ("luks.requirements", _config(requirements=["x"])),
     "another size of the JSON area": ("luks.value", _config(json_size="4096")),
+    "a size of the keyslots' area that is a number": ("luks.value", _config(keyslots_size=16744448)),
     "an unknown member at the top": ("luks.members", lambda one: one.update(extension={})),
     "no config": ("luks.members", lambda one: one.pop("config")),
 }
@@ -312,11 +326,14 @@ BROKEN: dict[str, tuple[str, bytes]] = {
         "luks.text",
         _flip(_flip(RAW, 24, b"\x1b[2J"), SIZE + 24, b"\x1b[2J"),
     ),
+    "a label beyond ASCII": ("luks.text", _flip(_flip(RAW, 24, b"\xe9"), SIZE + 24, b"\xe9")),
+    "bytes after a label": ("luks.text", _flip(_flip(RAW, 24, b"a\0b"), SIZE + 24, b"a\0b")),
     "a UUID in capitals": (
         "luks.uuid",
         _flip(_flip(RAW, 168, UUID.upper().encode()), SIZE + 168, UUID.upper().encode()),
     ),
     "JSON without end": ("luks.json", _raw(b"[" * (SIZE - BINARY_SIZE))),
+    "JSON that fills its area": ("luks.json", _raw(TEXT.ljust(SIZE - BINARY_SIZE))),
     "no JSON": ("luks.json", _raw(b"")),
     "bytes after the JSON": ("luks.json", _raw(TEXT + b"\0x")),
     "JSON after the JSON": ("luks.json", _raw(TEXT + b"{}")),
@@ -336,6 +353,10 @@ BROKEN: dict[str, tuple[str, bytes]] = {
     "minus zero": ("luks.json", _raw(TEXT.replace(b"4000", b"-0"))),
     "a number that C clamps": ("luks.json", _raw(TEXT.replace(b"4000", b"9223372036854775808"))),
     "a number of five thousand digits": ("luks.json", _raw(TEXT.replace(b"4000", b"9" * 5000))),
+    "letters beyond ASCII in escapes": (
+        "luks.json",
+        _raw(TEXT.replace(b'"dynamic"', b'"dynam\\u00edc"')),
+    ),
     "a comment": ("luks.json", _raw(TEXT.replace(b'"tokens"', b'/**/"tokens"'))),
 }
 
@@ -364,6 +385,26 @@ def test_a_device_that_ends_within_its_header_is_refused(tmp_path: Path) -> None
     with pytest.raises(DiskError) as caught:
         read(tmp_path / "absent")
     assert caught.value.code == "luks.read"
+
+
+@pytest.mark.parametrize("size", [0, 0x5000, SIZES[-1] * 2, 1 << 63])
+def test_no_more_is_read_than_a_header_may_hold(tmp_path: Path, size: int) -> None:
+    """The size is the host's word too: it must not fill the memory of an initramfs."""
+    device = tmp_path / "disk"
+    device.write_bytes(_flip(RAW, 8, size.to_bytes(8)))
+    os.truncate(device, 64 << 20)  # sparse: there is always enough to read
+    with pytest.raises(DiskError) as caught:
+        read(device)
+    assert caught.value.code == "luks.size"
+
+
+def test_only_a_luks2_header_is_a_candidate() -> None:
+    """LUKS1 keeps its UUID at the same place, and so may any bytes."""
+    assert probe(RAW[:BINARY_SIZE]) == UUID
+    assert probe(_flip(RAW, 6, b"\0\1")[:BINARY_SIZE]) is None
+    assert probe(_flip(RAW, 0, b"\0")[:BINARY_SIZE]) is None
+    assert probe(RAW[: BINARY_SIZE - 1]) is None
+    assert probe(RAW[SIZE : SIZE + BINARY_SIZE]) is None
 
 
 def test_what_a_header_says_reaches_a_message_short_and_without_control_characters() -> None:
