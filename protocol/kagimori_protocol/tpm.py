@@ -151,6 +151,19 @@ def selected_pcrs(selection: bytes) -> tuple[int, ...]:
     return chosen
 
 
+_QUOTE_MARKS: Final = (
+    (
+        int(TPM2_GENERATED.VALUE).to_bytes(4, "big"),
+        0,
+        "quote.magic",
+        "A quote does not start with the mark of what a TPM made itself.",
+    ),
+    (int(TPM2_ST.ATTEST_QUOTE).to_bytes(2, "big"), 4, "quote.type", "A TPMS_ATTEST is not a quote."),
+)
+ATTEST_HEAD: Final = 6
+"""Bytes of TPMS_ATTEST's magic and type."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attest:
     """The fields of a TPMS_ATTEST of type quote that are judged (TPM 2.0 part 2, section 10.12).
@@ -169,21 +182,13 @@ class Attest:
     @classmethod
     def parse(cls, raw: bytes) -> Attest:
         """Read a quote strictly. Raises Malformed for anything that is not one (magic, type, trailing bytes)."""
+        # Looked at before the TSS does: some releases of it refuse other values as they unmarshal, some do not.
+        for value, offset, code, what in _QUOTE_MARKS:
+            if len(raw) >= ATTEST_HEAD and raw[offset : offset + len(value)] != value:
+                raise Malformed(
+                    what, code=code, expected=value.hex(), found=raw[offset : offset + len(value)].hex()
+                )
         attest = _exactly(TPMS_ATTEST, raw, "quote.layout")
-        if attest.magic != TPM2_GENERATED.VALUE:
-            raise Malformed(
-                "A quote does not start with the mark of what a TPM made itself.",
-                code="quote.magic",
-                expected=f"0x{int(TPM2_GENERATED.VALUE):08x}",
-                found=f"0x{int(attest.magic):08x}",
-            )
-        if attest.type != TPM2_ST.ATTEST_QUOTE:
-            raise Malformed(
-                "A TPMS_ATTEST is not a quote.",
-                code="quote.type",
-                expected=f"0x{int(TPM2_ST.ATTEST_QUOTE):04x} (quote)",
-                found=f"0x{int(attest.type):04x}",
-            )
         quote = attest.attested.quote
         return cls(
             extra_data=bytes(attest.extraData),

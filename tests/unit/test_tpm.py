@@ -201,7 +201,7 @@ def test_a_quote_gives_the_fields_that_are_judged() -> None:
         pytest.param(ATTEST[:-1], "quote.layout", id="a byte missing"),
         pytest.param(ATTEST + b"\x00", "quote.layout", id="a byte behind"),
         pytest.param(b"\xff\x54\x43\x48" + ATTEST[4:], "quote.magic", id="made by whoever can sign"),
-        pytest.param(ATTEST[:4] + b"\x80\x17" + ATTEST[6:], "quote.layout", id="a certification's type"),
+        pytest.param(ATTEST[:4] + b"\x80\x17" + ATTEST[6:], "quote.type", id="a certification's type"),
     ],
 )
 def test_what_is_no_quote_is_refused(raw: bytes, code: str) -> None:
