@@ -1,8 +1,9 @@
 """The ledger: every decision, in order, each line bound to the one before it.
 
 ``hash = SHA-256("kagimori/1/ledger" 0x00 || previous || canonical JSON of the line)``. A line that is changed, removed or
-slipped in shows. What the chain alone does not show is a ledger that someone with the database rewrote from some line on:
-publish the head (`kagimori-verifier ledger verify` prints it) where they cannot reach it.
+slipped in shows. What the chain alone does not show is a ledger that someone with the database cut off at some line, or
+rewrote from there on: publish the head (`kagimori-verifier ledger verify` prints it) where they cannot reach it. The
+triggers of the database are against accidents; whoever owns it can drop them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Row, insert, select
+from sqlalchemy import Row, insert, select, text
 
 from kagimori_protocol.errors import OperatorError
+from kagimori_verifier.store import columns
 from kagimori_verifier.store.database import Txn
 from kagimori_verifier.store.schema import ledger
 
 LABEL_LEDGER: Final = b"kagimori/1/ledger"
 FIRST_PREVIOUS: Final = bytes(32)
+
+_AS_THEY_LIE: Final = text(
+    "SELECT seq, previous, hash, created, event, vm_id, session, body FROM ledger ORDER BY seq"
+)
+"""Without SQLAlchemy's types, which expect what ``append`` wrote: a tampered row may hold anything."""
 
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
@@ -52,10 +59,10 @@ def append(  # noqa: PLR0913 - the columns of a line, by name only
         select(ledger.c.seq, ledger.c.hash).order_by(ledger.c.seq.desc()).limit(1)
     ).one_or_none()
     seq, previous = (1, FIRST_PREVIOUS) if last is None else (last.seq + 1, last.hash)
-    text = _encode(body)
+    content = _encode(body)
     line = {"seq": seq, "created": at_s, "event": event, "vm_id": vm_id, "session": session}
-    digest = _digest(previous, line, text)
-    txn.execute(insert(ledger).values(**line, previous=previous, hash=digest, body=text.decode()))
+    digest = _digest(previous, line, content)
+    txn.execute(insert(ledger).values(**line, previous=previous, hash=digest, body=content.decode()))
     return Entry(**line, previous=previous, hash=digest, body=body)  # type: ignore[arg-type]  # the values just above
 
 
@@ -74,18 +81,41 @@ def read(
 def verify(txn: Txn) -> tuple[int, bytes]:
     """Walk the whole chain; returns the number of lines and the head. Raises LedgerBroken at the first bad line."""
     seq, previous = 0, FIRST_PREVIOUS
-    for row in txn.execute(select(ledger).order_by(ledger.c.seq)):
-        line = {name: row._mapping[name] for name in ("seq", "created", "event", "vm_id", "session")}  # noqa: SLF001 - SQLAlchemy's public name for it
-        expected = _digest(previous, line, row.body.encode())
+    for row in txn.execute(_AS_THEY_LIE):
+        expected = _expected_hash(previous, row)
         if row.seq != seq + 1 or row.previous != previous or row.hash != expected:
             raise LedgerBroken(
                 f"The ledger's chain breaks at line {row.seq}.",
-                expected=f"line {seq + 1} with hash {expected.hex()}",
-                found=f"line {row.seq} with hash {row.hash.hex()}",
+                expected=f"line {seq + 1} after {previous.hex()} with the hash of what it says",
+                found=f"line {row.seq} after {_shown(row.previous)} with hash {_shown(row.hash)}",
                 todo="Someone changed the database: compare with your backup and with heads that you published.",
             )
         seq, previous = row.seq, row.hash
     return seq, previous
+
+
+def _expected_hash(previous: bytes, row: Row[Any]) -> bytes | None:
+    """Give the hash of what a line says; None if it holds what ``append`` cannot have written."""
+    names = (row.vm_id, row.session)
+    if not (
+        isinstance(row.created, int)
+        and isinstance(row.event, str)
+        and isinstance(row.body, str)
+        and all(name is None or isinstance(name, str) for name in names)
+    ):
+        return None
+    line = {
+        "seq": row.seq,
+        "created": row.created,
+        "event": row.event,
+        "vm_id": row.vm_id,
+        "session": row.session,
+    }
+    return _digest(previous, line, row.body.encode())
+
+
+def _shown(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else "no hash"
 
 
 def _digest(previous: bytes, line: dict[str, Any], body: bytes) -> bytes:
@@ -94,4 +124,5 @@ def _digest(previous: bytes, line: dict[str, Any], body: bytes) -> bytes:
 
 
 def _entry(row: Row[Any]) -> Entry:
-    return Entry(**(dict(row._mapping) | {"body": msgspec.json.decode(row.body)}))  # noqa: SLF001 - as above
+    body = columns.decode(row.body, dict[str, Any], "ledger.body")
+    return Entry(**(dict(row._mapping) | {"body": body}))  # noqa: SLF001 - SQLAlchemy's public name for it

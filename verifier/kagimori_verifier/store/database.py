@@ -1,20 +1,17 @@
-"""The engine: connections, transactions, migrations, and a name for everything that a database can do wrong.
-
-All that is SQLite's own stands here: WAL, full synchronisation, and write transactions that take their lock first.
-"""
+"""The engine: connections, transactions, migrations, and a name for everything that a database can do wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import Connection, Executable, create_engine, event, inspect, text
+from sqlalchemy import Connection, Executable, create_engine, inspect, text
 from sqlalchemy.engine import CursorResult, make_url
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from kagimori_protocol.errors import OperatorError
+from kagimori_verifier.store import sqlite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,28 +19,7 @@ if TYPE_CHECKING:
 MIGRATIONS: Final = Path(__file__).with_name("migrations")
 SCHEMA: Final = "0001"
 """The newest migration; a test holds that alembic says the same."""
-BUSY_S: Final = 5
 
-_SQLITE: Final = "sqlite"
-_CODES: Final = {
-    sqlite3.SQLITE_BUSY: ("store.locked", "Another program holds the database; stop it, or try again."),
-    sqlite3.SQLITE_LOCKED: ("store.locked", "Another program holds the database; stop it, or try again."),
-    sqlite3.SQLITE_FULL: ("store.full", "Make room on the disk that holds the database."),
-    sqlite3.SQLITE_READONLY: (
-        "store.read-only",
-        "Let the verifier's user write the database and its directory.",
-    ),
-    sqlite3.SQLITE_CANTOPEN: (
-        "store.gone",
-        "Is the database where verifier.toml says, and its directory writable?",
-    ),
-    sqlite3.SQLITE_IOERR: (
-        "store.broken",
-        "The disk fails: see the system's log, and restore from your backup.",
-    ),
-    sqlite3.SQLITE_CORRUPT: ("store.broken", "Restore the database from your backup."),
-    sqlite3.SQLITE_NOTADB: ("store.broken", "This file is no database: see verifier.toml."),
-}
 _UNKNOWN: Final = ("store.broken", "See the verifier's log, and `kagimori-verifier ledger verify`.")
 
 
@@ -57,6 +33,12 @@ class StoreOutdated(OperatorError):
     """The database's tables are older or newer than this release."""
 
     default_code = "store.schema"
+
+
+class Conflict(OperatorError):
+    """A change contradicts what the database holds: a name that is taken, a row that others need, the ledger."""
+
+    default_code = "store.conflict"
 
 
 class Txn:
@@ -75,64 +57,67 @@ class Store:
     """A database of this release's schema. Make one with ``create`` or ``open``; share it between threads."""
 
     def __init__(self, url: str) -> None:
-        """Prepare an engine; nothing is opened yet."""
-        self._sqlite = make_url(url).get_backend_name() == _SQLITE
-        arguments = {"timeout": BUSY_S, "check_same_thread": False} if self._sqlite else {}
-        self._engine = create_engine(url, connect_args=arguments)
-        if self._sqlite:
-            event.listen(self._engine, "connect", _prepare_sqlite)
+        """Prepare an engine; nothing is opened yet. Raises OperatorError for a URL that names no database."""
+        self._file: tuple[int, int] | None = None
+        try:
+            parsed = make_url(url)
+            self._path = Path(parsed.database or "") if parsed.get_backend_name() == sqlite.NAME else None
+            if self._path is None:
+                self._engine = create_engine(parsed)
+            elif self._path.name in {"", ":memory:"}:
+                raise ArgumentError("SQLite without a file keeps nothing")
+            else:
+                # Only the verifier's own limits bound how many threads wait here.
+                path = self._path
+                self._engine = create_engine(parsed, creator=lambda: sqlite.connect(path), max_overflow=-1)
+        except (ArgumentError, NoSuchModuleError, ImportError, ValueError) as error:
+            raise OperatorError(
+                "The database's URL cannot be used.",
+                code="store.url",
+                expected="sqlite:/// and the path of a file",
+                found=str(error),
+                todo="Correct `database` in verifier.toml.",
+            ) from error
 
     @classmethod
     def create(cls, url: str) -> Store:
-        """Make the tables of a new database. Raises StoreOutdated if there are tables of another version."""
+        """Make the tables of a new database, all or none; leave those of this version alone.
+
+        Raises StoreOutdated if there are tables of another version, and StoreUnavailable.
+        """
         store = cls(url)
-        try:
-            with _explained():
-                with store._engine.connect() as connection:
-                    if inspect(connection).get_table_names():
-                        store._require_current(connection)
-                        return store
-                store.migrate()
-        except BaseException:
-            store.close()
-            raise
+        with store._closed_on_failure():
+            if store._path is not None:
+                with _explained_file():
+                    sqlite.create_file(store._path)
+            store._remember_file()
+            with store._begun(sqlite.BEGIN_WRITE) as connection:
+                if inspect(connection).get_table_names():
+                    _require_current(connection)
+                else:
+                    _migrate(connection)
         return store
 
     @classmethod
     def open(cls, url: str) -> Store:
         """Open a database that ``create`` made. Raises StoreUnavailable, StoreOutdated."""
-        path = make_url(url).database
-        if url.startswith(_SQLITE) and path and not Path(path).is_file():
-            raise StoreUnavailable(
-                "There is no database.",
-                code="store.gone",
-                expected=f"a database at {path}",
-                found="no such file",
-                todo="Run `kagimori-verifier init` for a new verifier, or restore from your backup.",
-            )
         store = cls(url)
-        try:
-            with _explained(), store._engine.connect() as connection:
-                store._require_current(connection)
-        except BaseException:
-            store.close()
-            raise
+        with store._closed_on_failure():
+            store._remember_file()
+            with store._begun(sqlite.BEGIN_READ) as connection:
+                _require_current(connection)
         return store
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Txn]:
         """Read in one transaction: what is seen does not change meanwhile."""
-        with _explained(), self._engine.connect() as connection, connection.begin():
-            if self._sqlite:
-                connection.execute(text("BEGIN"))
+        with self._begun(sqlite.BEGIN_READ) as connection:
             yield Txn(connection)
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Txn]:
         """Write in one transaction: all of it is kept and synchronised at the end, or none."""
-        with _explained(), self._engine.connect() as connection, connection.begin():
-            if self._sqlite:
-                connection.execute(text("BEGIN IMMEDIATE"))
+        with self._begun(sqlite.BEGIN_WRITE) as connection:
             yield Txn(connection)
 
     def ping(self) -> None:
@@ -140,60 +125,116 @@ class Store:
         with self.read() as txn:
             txn.execute(text("SELECT count(*) FROM setting"))
 
-    def migrate(self) -> None:
-        """Bring the tables to this release's version."""
-        import alembic.command  # noqa: PLC0415 - a third of a second that only this needs
-        import alembic.config  # noqa: PLC0415 - as above
-
-        with _explained(), self._engine.connect() as connection, connection.begin():
-            configuration = alembic.config.Config()
-            configuration.set_main_option("script_location", str(MIGRATIONS))
-            configuration.attributes["connection"] = connection
-            alembic.command.upgrade(configuration, "head")
-
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
 
-    def _require_current(self, connection: Connection) -> None:
-        tables = inspect(connection).get_table_names()
-        query = text("SELECT version_num FROM alembic_version")
-        found = connection.execute(query).scalar_one_or_none() if "alembic_version" in tables else None
-        if found != SCHEMA:
-            raise StoreOutdated(
-                "The database's tables are not those of this release.",
-                expected=f"schema {SCHEMA}",
-                found=f"schema {found or 'none'}",
-                todo="Use the release that made it, or restore a backup that fits this one.",
+    @contextlib.contextmanager
+    def _begun(self, statement: str) -> Iterator[Connection]:
+        """Begin a transaction that is committed at the end, or rolled back with whatever is raised."""
+        with _explained():
+            self._require_same_file()
+            with self._engine.connect() as connection, connection.begin():
+                if self._path is not None:
+                    connection.execute(text(statement))
+                yield connection
+
+    @contextlib.contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _remember_file(self) -> None:
+        self._file = self._identity()
+        if self._path is not None and self._file is None:
+            raise StoreUnavailable(
+                "There is no database.",
+                code="store.gone",
+                expected=f"a database at {self._path}",
+                found="no such file",
+                todo="Run `kagimori-verifier init` for a new verifier, or restore from your backup.",
             )
 
+    def _require_same_file(self) -> None:
+        """A deleted file can still be written, and every redeemed session would be unused again after a restart."""
+        found = self._identity()
+        if found != self._file:
+            raise StoreUnavailable(
+                "The database was taken away while it was in use.",
+                code="store.gone",
+                expected=f"the same file at {self._path}",
+                found="no file" if found is None else "another file",
+                todo="Stop the verifier before you restore or move its database, and start it again.",
+            )
 
-def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - a DBAPI connection
-    """Durable and strict: the ledger is worth what its last line's synchronisation is."""
-    connection.isolation_level = None  # we begin transactions ourselves, see Store.write
-    cursor = connection.cursor()
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        f"busy_timeout={BUSY_S * 1000}",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+    def _identity(self) -> tuple[int, int] | None:
+        """Tell which file the database is now; None if there is none, or if it is not a file."""
+        if self._path is None:
+            return None
+        with _explained_file():
+            try:
+                return sqlite.file_identity(self._path)
+            except FileNotFoundError:
+                return None
+
+
+def _migrate(connection: Connection) -> None:
+    """Bring the tables to this release's version, within the caller's transaction."""
+    import alembic.command  # noqa: PLC0415 - a third of a second that only this needs
+    import alembic.config  # noqa: PLC0415 - as above
+
+    configuration = alembic.config.Config()
+    configuration.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    configuration.attributes["connection"] = connection
+    alembic.command.upgrade(configuration, "head")
+
+
+def _require_current(connection: Connection) -> None:
+    tables = inspect(connection).get_table_names()
+    query = text("SELECT version_num FROM alembic_version")
+    found = connection.execute(query).scalar_one_or_none() if "alembic_version" in tables else None
+    if found != SCHEMA:
+        raise StoreOutdated(
+            "The database's tables are not those of this release.",
+            expected=f"schema {SCHEMA}",
+            found=f"schema {found or 'none'}",
+            todo="Use the release that made it, or restore a backup that fits this one."
+            if found
+            else "Run `kagimori-verifier init` for a new verifier, or correct `database` in verifier.toml.",
+        )
 
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what the database raises into a StoreUnavailable that says what to do."""
+    """Turn what the database raises into an OperatorError that says what to do."""
     try:
         yield
     except SQLAlchemyError as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
-        code, todo = _CODES.get(getattr(cause, "sqlite_errorcode", -1) & 0xFF, _UNKNOWN)
-        raise StoreUnavailable(
-            "The database cannot be used.",
-            code=code,
-            expected="a database that answers",
-            found=str(cause),
-            todo=todo,
-        ) from error
+        if isinstance(error, IntegrityError) or sqlite.is_conflict(cause):
+            raise Conflict(
+                "The database refuses a change.",
+                expected="one that agrees with what it holds",
+                found=str(cause),
+            ) from error
+        code, todo = sqlite.problem(cause) or _UNKNOWN
+        raise _unavailable(code, str(cause), todo) from error
+
+
+@contextlib.contextmanager
+def _explained_file() -> Iterator[None]:
+    """Turn what the file system raises about the database's file into a StoreUnavailable."""
+    try:
+        yield
+    except OSError as error:
+        code, todo = sqlite.problem_of_file(error)
+        raise _unavailable(code, str(error.strerror), todo) from error
+
+
+def _unavailable(code: str, found: str, todo: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        "The database cannot be used.", code=code, expected="a database that answers", found=found, todo=todo
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-import msgspec
 from sqlalchemy import Row, delete, insert, select, update
 
+from kagimori_verifier.store import columns
 from kagimori_verifier.store.database import Txn
 from kagimori_verifier.store.schema import observation
 
@@ -29,15 +29,17 @@ class Observation:
 
 def add(txn: Txn, row: Observation) -> None:
     """Keep an observation, and forget the oldest of its kind beyond what is kept."""
-    txn.execute(insert(observation).values(asdict(row) | {"pcrs": msgspec.json.encode(row.pcrs).decode()}))
-    same = (observation.c.vm_id == row.vm_id, observation.c.confirmed.is_(row.confirmed))
-    newest = select(observation.c.session).where(*same).order_by(observation.c.created.desc()).limit(KEPT)
-    txn.execute(delete(observation).where(*same, observation.c.session.not_in(newest)))
+    txn.execute(insert(observation).values(asdict(row) | {"pcrs": columns.encode(row.pcrs)}))
+    _forget_oldest(txn, row.vm_id, confirmed=row.confirmed)
 
 
 def confirm(txn: Txn, session: str) -> None:
     """A Confirm has verified: the AK behind this observation is proven."""
-    txn.execute(update(observation).where(observation.c.session == session).values(confirmed=True))
+    where = observation.c.session == session
+    txn.execute(update(observation).where(where).values(confirmed=True))
+    vm_id = txn.execute(select(observation.c.vm_id).where(where)).scalar_one_or_none()
+    if vm_id is not None:
+        _forget_oldest(txn, vm_id, confirmed=True)
 
 
 def get(txn: Txn, session: str) -> Observation | None:
@@ -52,5 +54,12 @@ def for_vm(txn: Txn, vm_id: str) -> tuple[Observation, ...]:
     return tuple(_observation(row) for row in txn.execute(statement))
 
 
+def _forget_oldest(txn: Txn, vm_id: str, *, confirmed: bool) -> None:
+    same = (observation.c.vm_id == vm_id, observation.c.confirmed.is_(confirmed))
+    newest = select(observation.c.session).where(*same).order_by(observation.c.created.desc()).limit(KEPT)
+    txn.execute(delete(observation).where(*same, observation.c.session.not_in(newest)))
+
+
 def _observation(row: Row[Any]) -> Observation:
-    return Observation(**(dict(row._mapping) | {"pcrs": msgspec.json.decode(row.pcrs)}))  # noqa: SLF001 - SQLAlchemy's public name for it
+    pcrs = columns.decode(row.pcrs, dict[str, dict[str, Any]], "observation.pcrs")
+    return Observation(**(dict(row._mapping) | {"pcrs": pcrs}))  # noqa: SLF001 - SQLAlchemy's public name for it

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 
 from sqlalchemy import delete, insert, select, update
 
+from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.store.database import Txn
-from kagimori_verifier.store.schema import profile
+from kagimori_verifier.store.schema import boot_state, profile, vm
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,5 +43,18 @@ def all(txn: Txn) -> tuple[ProfileRow, ...]:  # noqa: A001 - read as profiles.al
 
 
 def remove(txn: Txn, name: str) -> bool:
-    """Drop a profile that no VM and no reference value uses; tells whether there was one."""
+    """Drop a profile with its boot states; tells whether there was one.
+
+    Raises OperatorError while a VM uses it, and Conflict while it has measurements.
+    """
+    users = txn.execute(select(vm.c.vm_id).where(vm.c.profile == name).order_by(vm.c.vm_id)).scalars().all()
+    if users:
+        raise OperatorError(
+            f"Profile {name} is in use.",
+            code="profile.used",
+            expected="a profile that no VM has",
+            found=f"VMs {', '.join(users)}",
+            todo="Give these VMs another profile, or remove them first.",
+        )
+    txn.execute(delete(boot_state).where(boot_state.c.owner_kind == "profile", boot_state.c.owner == name))
     return txn.execute(delete(profile).where(profile.c.name == name)).rowcount > 0

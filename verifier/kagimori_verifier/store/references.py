@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-import msgspec
 from sqlalchemy import Row, delete, insert, select
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import Kind
-from kagimori_verifier.store import schema
+from kagimori_verifier.store import columns, schema
 from kagimori_verifier.store.database import Txn
 
 
@@ -58,7 +57,7 @@ def add_measurement(txn: Txn, row: MeasurementRow) -> None:
             found=row.kind,
             todo="Remove the wrong one first: `kagimori-verifier reference list`.",
         )
-    values = asdict(row) | {"svsm_features": _text(row.svsm_features)}
+    values = asdict(row) | {"svsm_features": columns.encode(row.svsm_features)}
     txn.execute(insert(schema.measurement).values(values))
 
 
@@ -87,7 +86,7 @@ def remove_measurement(txn: Txn, profile: str, digest: bytes) -> bool:
 
 def add_boot_state(txn: Txn, row: BootStateRow) -> int:
     """Keep a boot state; returns its id."""
-    values = asdict(row) | {"pcrs": _text(row.pcrs)}
+    values = asdict(row) | {"pcrs": columns.encode(row.pcrs)}
     del values["id"]
     key = txn.execute(insert(schema.boot_state).values(values)).inserted_primary_key
     return int(cast("tuple[int]", key)[0])
@@ -97,10 +96,7 @@ def boot_states(txn: Txn, owner_kind: str, owner: str) -> tuple[BootStateRow, ..
     """Give the boot states of a profile or a VM, oldest first."""
     where = (schema.boot_state.c.owner_kind == owner_kind, schema.boot_state.c.owner == owner)
     rows = txn.execute(select(schema.boot_state).where(*where).order_by(schema.boot_state.c.id))
-    return tuple(
-        BootStateRow(**(dict(row._mapping) | {"pcrs": msgspec.json.decode(row.pcrs)}))  # noqa: SLF001 - SQLAlchemy's public name for it
-        for row in rows
-    )
+    return tuple(_boot_state(row) for row in rows)
 
 
 def remove_boot_state(txn: Txn, state_id: int) -> bool:
@@ -109,9 +105,10 @@ def remove_boot_state(txn: Txn, state_id: int) -> bool:
 
 
 def _measurement(row: Row[Any]) -> MeasurementRow:
-    values = dict(row._mapping) | {"svsm_features": msgspec.json.decode(row.svsm_features)}  # noqa: SLF001 - as above
-    return MeasurementRow(**values)
+    features = columns.decode(row.svsm_features, list[str], "measurement.svsm_features")
+    return MeasurementRow(**(dict(row._mapping) | {"svsm_features": features}))  # noqa: SLF001 - SQLAlchemy's public name for it
 
 
-def _text(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+def _boot_state(row: Row[Any]) -> BootStateRow:
+    pcrs = columns.decode(row.pcrs, dict[str, dict[str, Any]], "boot_state.pcrs")
+    return BootStateRow(**(dict(row._mapping) | {"pcrs": pcrs}))  # noqa: SLF001 - as above

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 from sqlalchemy import Row, delete, insert, select
 
 from kagimori_protocol.messages import Purpose
-from kagimori_verifier.store import schema
+from kagimori_verifier.store import columns, schema
 from kagimori_verifier.store.database import Txn
 
 
@@ -62,10 +61,14 @@ def update(txn: Txn, row: VmRow) -> None:
 
 
 def remove(txn: Txn, vm_id: str) -> bool:
-    """Forget a VM with its volumes' keys and its boot states; tells whether there was one."""
+    """Forget a VM with its volumes' keys, its boot states and what was seen of it; tells whether there was one.
+
+    A later VM of the same id inherits nothing. The ledger keeps its lines.
+    """
     txn.execute(delete(schema.volume).where(schema.volume.c.vm_id == vm_id))
     states = schema.boot_state.c
     txn.execute(delete(schema.boot_state).where(states.owner_kind == "vm", states.owner == vm_id))
+    txn.execute(delete(schema.observation).where(schema.observation.c.vm_id == vm_id))
     return txn.execute(delete(schema.vm).where(schema.vm.c.vm_id == vm_id)).rowcount > 0
 
 
@@ -97,10 +100,13 @@ def remove_volume(txn: Txn, vm_id: str, uuid: str, version: int) -> bool:
 
 
 def _values(row: VmRow) -> dict[str, Any]:
-    lists = {name: msgspec.json.encode(getattr(row, name)).decode() for name in ("purposes", "chips")}
+    lists = {name: columns.encode(getattr(row, name)) for name in ("purposes", "chips")}
     return asdict(row) | lists
 
 
 def _vm(row: Row[Any]) -> VmRow:
-    lists = {name: msgspec.json.decode(getattr(row, name)) for name in ("purposes", "chips")}
+    lists = {
+        "purposes": columns.decode(row.purposes, list[Purpose], "vm.purposes"),
+        "chips": columns.decode(row.chips, list[str], "vm.chips"),
+    }
     return VmRow(**(dict(row._mapping) | lists))  # noqa: SLF001 - as above

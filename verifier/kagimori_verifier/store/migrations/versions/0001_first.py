@@ -1,4 +1,4 @@
-"""The first tables; SQLite also refuses to change the ledger."""
+"""The first tables; SQLite also refuses any change of the ledger but a next line."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -179,3 +179,9 @@ def upgrade() -> None:
                 f"CREATE TRIGGER ledger_no_{verb.lower()} BEFORE {verb} ON ledger "
                 "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
             )
+        # "INSERT OR REPLACE" deletes the old line without firing the trigger above.
+        op.execute(
+            "CREATE TRIGGER ledger_next BEFORE INSERT ON ledger "
+            "WHEN NEW.seq IS NOT (SELECT coalesce(max(seq), 0) + 1 FROM ledger) "
+            "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END"
+        )
