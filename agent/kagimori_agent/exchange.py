@@ -125,8 +125,10 @@ def until_answered(
     Raises NetworkError with code ``budget.spent``, caused by what was away last, once the budget has no room for
     another try.
     """
+    tries = 0
     while True:
         results = ask()
+        tries += 1
         away_now = [result for _, result in results if isinstance(result, NetworkError)]
         if len(away_now) < len(results):
             return results
@@ -135,7 +137,7 @@ def until_answered(
         if wait_s >= budget.remaining_s():
             # No try would come after this pause, so it would be for nothing.
             raise budget.spent(last)
-        say(f"no verifier answers, next try in {wait_s:.1f} s")
+        say(f"no verifier answers, try {tries + 1} in {wait_s:.1f} s")
         sleep(wait_s)
 
 

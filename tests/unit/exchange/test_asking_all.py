@@ -154,7 +154,7 @@ def test_asking_is_repeated_until_somebody_answers() -> None:
         clock.sleep,
     )
     assert results == [(HOME, REPLY)]
-    assert said == ["no verifier answers, next try in 1.0 s", "no verifier answers, next try in 2.0 s"]
+    assert said == ["no verifier answers, try 2 in 1.0 s", "no verifier answers, try 3 in 2.0 s"]
     assert clock.now == 3
 
 
