@@ -172,7 +172,7 @@ def test_asking_ends_with_the_budget() -> None:
         )
     assert raised.value.code == "budget.spent"
     assert raised.value.__cause__ is AWAY
-    assert said == ["no verifier answers, next try in 1.0 s"]
+    assert said == ["no verifier answers, try 2 in 1.0 s"]
     assert clock.now == 19
 
 
