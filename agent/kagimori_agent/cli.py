@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from msgspec import UnsetType
 
     from kagimori_agent.attempt import Answered
+    from kagimori_agent.config import Config
     from kagimori_protocol.messages import Verdict
 
 DEFAULT_CONFIG: Final = Path("/etc/kagimori/agent.toml")
@@ -131,7 +132,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _unlock(options: argparse.Namespace) -> int:
     from kagimori_agent import memory
-    from kagimori_agent.config import load
     from kagimori_agent.unlock import unlock
 
     memory.forbid_core_dumps()
@@ -139,7 +139,7 @@ def _unlock(options: argparse.Namespace) -> int:
         console.say(
             "memory cannot be locked: keys could be swapped out, so use no swap before the root is open"
         )
-    unlocked = unlock(load(options.config), console.say, prove=options.prove)
+    unlocked = unlock(_config_or_cap(options), console.say, prove=options.prove)
     if options.json:
         _print_json(
             {
@@ -201,9 +201,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _cap(options: argparse.Namespace) -> int:
     from kagimori_agent.cap import cap
-    from kagimori_agent.config import load
 
-    config = load(options.config)
+    config = _config_or_cap(options)
     driver = config.tpm.driver if config.kind == "svsm-vtpm" else None
     capped = cap(config.tpm.cap_pcr, driver=driver, tcti=config.tpm.tcti)
     if options.json:
@@ -218,6 +217,18 @@ def _cap(options: argparse.Namespace) -> int:
     for one in capped:
         print(f"{one.tpm}: PCR {config.tpm.cap_pcr} {'was capped' if one.before == one.after else 'capped'}")
     return 0
+
+
+def _config_or_cap(options: argparse.Namespace) -> Config:
+    """Load agent.toml; where that fails, cap every TPM as one without agent.toml would, and then raise the failure."""
+    from kagimori_agent.cap import cap
+    from kagimori_agent.config import load
+
+    try:
+        return load(options.config)
+    except KagimoriError:
+        cap()
+        raise
 
 
 def _make_directory(path: Path) -> None:

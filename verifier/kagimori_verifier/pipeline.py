@@ -153,6 +153,7 @@ class Pipeline:
             parts = _vtpm_parts(trail, evidence, hello)
             boot = _verify_boot(trail, parts, snp.report, t0, vm.references.policy)
         else:
+            _require_no_tpm(trail, evidence, hello)
             verify_direct(trail, snp.report, t0)
         claims = Claims(hello=hello, snp=snp, measurement=measurement, vtpm=boot)
         # from here on the evidence is authentic; all further reasons are gathered and told together
@@ -281,9 +282,9 @@ class _VtpmParts(NamedTuple):
     ak_public: bytes
 
 
-def _vtpm_parts(trail: Trail, evidence: Evidence, hello: Hello) -> _VtpmParts:
-    """Return the parts that a TPM contributes. Raises NotAuthentic if one is missing."""
-    parts = {
+def _tpm_parts(evidence: Evidence, hello: Hello) -> dict[str, object]:
+    """Name everything in evidence that a TPM or its SVSM contributes; UNSET where it is absent."""
+    return {
         "manifest": evidence.manifest,
         "quote": evidence.quote,
         "pcrs": evidence.pcrs,
@@ -291,6 +292,11 @@ def _vtpm_parts(trail: Trail, evidence: Evidence, hello: Hello) -> _VtpmParts:
         "ek_public": hello.ek_public,
         "ak_public": hello.ak_public,
     }
+
+
+def _vtpm_parts(trail: Trail, evidence: Evidence, hello: Hello) -> _VtpmParts:
+    """Return the parts that a TPM contributes. Raises NotAuthentic if one is missing."""
+    parts = _tpm_parts(evidence, hello)
     missing = [name for name, part in parts.items() if part is UNSET]
     trail.require(
         "evidence.parts",
@@ -299,6 +305,17 @@ def _vtpm_parts(trail: Trail, evidence: Evidence, hello: Hello) -> _VtpmParts:
         found="without " + ", ".join(missing) if missing else "all of them",
     )
     return _VtpmParts(**parts)  # type: ignore[arg-type]  # none is UNSET, as required just above
+
+
+def _require_no_tpm(trail: Trail, evidence: Evidence, hello: Hello) -> None:
+    """A TPM that no SVSM vouches for contributes no claim, so ``snp-direct`` may show none (ADR 4)."""
+    shown = [name for name, part in _tpm_parts(evidence, hello).items() if part is not UNSET]
+    trail.require(
+        "evidence.parts",
+        not shown,
+        expected="no part of a TPM: this measurement is of kind snp-direct",
+        found=", ".join(shown) or "none",
+    )
 
 
 def _verify_boot(trail: Trail, parts: _VtpmParts, report: Report, t0: bytes, policy: Policy) -> BootClaims:
