@@ -220,6 +220,7 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     "a keyslot key of one byte": ("luks.value", _part("area", key_size=1)),
     "an unknown member of the keyslot": ("luks.members", _keyslot(flags=["x"])),
     "a priority that cryptsetup does not know": ("luks.value", _keyslot(priority=3)),
+    "a priority that is true": ("luks.value", _keyslot(priority=True)),
     "an area at a place that is a number": ("luks.value", _part("area", offset=32768)),
     "an area of a size that is a number": ("luks.value", _part("area", size=258048)),
     "an area of another type": ("luks.value", _part("area", type="none")),
