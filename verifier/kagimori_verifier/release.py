@@ -167,7 +167,7 @@ def _apply_release_rules(txn: Txn, judgement: Judgement, session_sha256: bytes) 
     if judgement.hello.purpose != "unlock":
         return decision
     signer, chip_id, report_id = judgement.claims.snp.boot
-    opened = redemptions.is_opened(txn, signer, chip_id, report_id)
+    opened = redemptions.is_opened(txn, report_id)
     checks = [
         *decision.checks,
         Check(

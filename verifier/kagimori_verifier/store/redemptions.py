@@ -83,15 +83,17 @@ def purge_answers(txn: Txn, now_s: int) -> None:
 def claim_direct_grant(
     txn: Txn, signer: str, chip_id: bytes, report_id: bytes, session_sha256: bytes
 ) -> bool:
-    """Claim the one keys answer of a boot without a TPM; False if another session has it."""
+    """Claim the one keys answer of a boot without a TPM; False if another session has it.
+
+    A boot is its REPORT_ID, whatever else the report says: a guest may choose between the keys of chip and provider
+    (MSG_REPORT_REQ.KEY_SEL), and its host whether a report shows CHIP_ID.
+    """
     return _first(txn, direct_grant, signer, chip_id, report_id, session_sha256)
 
 
-def is_opened(txn: Txn, signer: str, chip_id: bytes, report_id: bytes) -> bool:
+def is_opened(txn: Txn, report_id: bytes) -> bool:
     """Tell whether this boot has confirmed that its volumes are open."""
-    key = opened_boot.c
-    where = (key.signer == signer, key.chip_id == chip_id, key.report_id == report_id)
-    return txn.execute(select(key.signer).where(*where)).one_or_none() is not None
+    return _first_session(txn, opened_boot, report_id) is not None
 
 
 def mark_opened(txn: Txn, signer: str, chip_id: bytes, report_id: bytes, session_sha256: bytes) -> None:
@@ -102,8 +104,7 @@ def mark_opened(txn: Txn, signer: str, chip_id: bytes, report_id: bytes, session
 def _first(  # noqa: PLR0913 - the columns
     txn: Txn, table: Table, signer: str, chip_id: bytes, report_id: bytes, session_sha256: bytes
 ) -> bool:
-    where = (table.c.signer == signer, table.c.chip_id == chip_id, table.c.report_id == report_id)
-    owner = txn.execute(select(table.c.session_sha256).where(*where)).scalar_one_or_none()
+    owner = _first_session(txn, table, report_id)
     if owner is None:
         values = {
             "signer": signer,
@@ -113,3 +114,10 @@ def _first(  # noqa: PLR0913 - the columns
         }
         txn.execute(sa.insert(table).values(values))
     return owner in {None, session_sha256}
+
+
+def _first_session(txn: Txn, table: Table, report_id: bytes) -> bytes | None:
+    """Give the session that a table of boots knows for a REPORT_ID, or None."""
+    statement = select(table.c.session_sha256).where(table.c.report_id == report_id).limit(1)
+    found: bytes | None = txn.execute(statement).scalar_one_or_none()
+    return found
