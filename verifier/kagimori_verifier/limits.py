@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 MAX_SOURCES: Final = 10_000
 """Sources remembered; the one not seen for longest is forgotten, so a flood of addresses allocates no more."""
+
+_IPV6_SOURCE_BITS: Final = 64
+"""The network that one IPv6 host is given: whoever has it has 2^64 addresses, and is one source all the same."""
+
+
+def source_of(address: str) -> str:
+    """Name the source that an address belongs to: itself, or the /64 of an IPv6 address."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, _IPV6_SOURCE_BITS), strict=False))
+
+
+class Arriving:
+    """Requests whose bodies are still arriving: so many at all, and so many of them from one source.
+
+    They take memory and time that a slow sender chooses, so they have a limit of their own and hold up nobody whose
+    request is there. For one event loop; not for threads.
+    """
+
+    def __init__(self, *, most: int, per_source: int) -> None:
+        """Start with none."""
+        self._most = most
+        self._per_source = per_source
+        self._sources: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def one(self, source: str) -> Iterator[bool]:
+        """Tell whether one more may arrive, and count it as long as the block lasts."""
+        admitted = self._sources.total() < self._most and self._sources[source] < self._per_source
+        if not admitted:
+            yield False
+            return
+        self._sources[source] += 1
+        try:
+            yield True
+        finally:
+            self._sources[source] -= 1
+            if not self._sources[source]:
+                del self._sources[source]
 
 
 class RateLimit:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Final
 import structlog
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import MAX_BODY, PATH_CHALLENGE, PATH_CONFIRM, PATH_RELEASE
 from kagimori_protocol.signature import HEADER
+from kagimori_verifier.limits import Arriving, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -33,6 +35,9 @@ PROMETHEUS: Final = "text/plain; version=0.0.4; charset=utf-8"
 RETRY_S: Final = 2
 BODY_S: Final = 20
 """Seconds in which a body must have arrived."""
+ARRIVING: Final = 128
+ARRIVING_PER_SOURCE: Final = 16
+"""Bodies that may be arriving at once: at most so many times MAX_BODY of memory, and few from one slow source."""
 
 _log = structlog.get_logger("kagimori")
 
@@ -46,18 +51,26 @@ def application(
 ) -> Starlette:
     """Build the ASGI application. ``ready`` raises OperatorError while the verifier cannot serve."""
     slots = asyncio.Semaphore(concurrency)
+    arriving = Arriving(most=ARRIVING, per_source=ARRIVING_PER_SOURCE)
+    looking = asyncio.Lock()
 
     def endpoint(answer: Callable[[bytes, str], Reply]) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
-            source = request.client.host if request.client else "unknown"
+            address = request.client.host if request.client else "unknown"
+            source = source_of(address)
             if wait_s := rate.wait_s(source):
                 metrics.unavailable("rate")
                 return _away(429, "too many requests from this address", int(wait_s) + 1)
-            if slots.locked():
+            with arriving.one(source) as admitted:
+                body = await _body(request) if admitted else None
+            if isinstance(body, Response):
+                return body
+            # Only now: a body that never ends must not hold what answers are made in.
+            if body is None or slots.locked():
                 metrics.unavailable("busy")
                 return _away(503, "busy", RETRY_S)
             async with slots:
-                return await _answer(request, source, answer, metrics)
+                return await _answer(request.url.path, body, address, answer, metrics)
 
         return handle
 
@@ -66,7 +79,8 @@ def application(
 
     async def readyz(_: Request) -> Response:
         try:
-            await run_in_threadpool(ready)
+            async with looking:  # one look at a time, whoever asks how often: answers need the threads
+                await run_in_threadpool(ready)
         except OperatorError as error:
             return _away(503, error.code, RETRY_S)
         return Response("ready\n", media_type="text/plain")
@@ -86,19 +100,25 @@ def application(
     )
 
 
-async def _answer(
-    request: Request, source: str, answer: Callable[[bytes, str], Reply], metrics: Metrics
-) -> Response:
-    started = time.monotonic()
-    path = request.url.path
+async def _body(request: Request) -> bytes | Response:
+    """Read a body as long as it is neither too large nor too slow; else give what to tell its sender."""
     try:
         async with asyncio.timeout(BODY_S):
-            body = await _bounded(request)
-        reply = await run_in_threadpool(answer, body, source)
+            return await _bounded(request)
     except _TooLargeError:
         return Response("body too large\n", 413, media_type="text/plain")
     except TimeoutError:
         return Response("body too slow\n", 408, media_type="text/plain")
+    except ClientDisconnect:
+        return Response("body broken off\n", 400, media_type="text/plain")  # nobody is there to read it
+
+
+async def _answer(
+    path: str, body: bytes, source: str, answer: Callable[[bytes, str], Reply], metrics: Metrics
+) -> Response:
+    started = time.monotonic()
+    try:
+        reply = await run_in_threadpool(answer, body, source)
     except OperatorError as error:
         metrics.unavailable("store")
         _log.error("unavailable", path=path, source=source, **error.as_dict())
