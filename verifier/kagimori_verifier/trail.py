@@ -67,7 +67,8 @@ class Trail:
 
 def _plain(text: str) -> str:
     """Bound a text and escape what a terminal would obey: parts of it were chosen by whoever sent the evidence."""
-    return "".join(
+    escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text[:MAX_TEXT]
     )
+    return escaped[:MAX_TEXT]

@@ -15,22 +15,23 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from kagimori_protocol import certificate_table
-from kagimori_protocol.errors import KagimoriError, Malformed, OperatorError
+from kagimori_protocol.errors import KagimoriError, Malformed, OperatorError, PeerError
 from kagimori_protocol.snp import CHIP_ID_SIZE, FIELDS, REPORT_SIZE
-from kagimori_verifier.verify.certificate import Certificate
+from kagimori_verifier.verify.certificate import UNREADABLE, Certificate
 from kagimori_verifier.verify.snp import Endorsements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MAX_FILE: Final = 1 << 20
+_WANTED: Final = "certificates or revocation lists (PEM or DER), or a table of them"
 
 
 class EndorsementDirectory:
@@ -63,45 +64,33 @@ class EndorsementDirectory:
     def add(self, raw: bytes) -> list[str]:
         """Keep what a file holds: one or more certificates or revocation lists, PEM or DER, or a certificate table.
 
-        Returns a line about each for a person. Raises OperatorError for a file that holds none.
+        Returns a line about each for a person. Raises OperatorError for a file that holds none, or anything else;
+        then nothing of it is kept.
         """
         if len(raw) > MAX_FILE:
             raise _nothing_in(f"{len(raw)} bytes", f"at most {MAX_FILE} bytes")
-        lines = [self._keep(der) for der in _ders(raw)]
-        if not lines:
+        try:
+            placed = [(der, *_place(der)) for der in _ders(raw)]
+        except PeerError as error:
+            raise _nothing_in(error.found or error.what, error.expected or _WANTED) from error
+        if not placed:
             raise _nothing_in(f"{len(raw)} bytes of something else")
-        return lines
-
-    def _keep(self, der: bytes) -> str:
-        digest = hashlib.sha256(der).hexdigest()
-        revocations = _revocation_list(der)
-        if revocations is not None:
-            self._write(f"crl/{digest}.der", der)
-            return f"revocation list of {revocations.issuer.rfc4514_string()}, next update {revocations.next_update_utc}"
-        certificate = Certificate.parse(der)
-        name = certificate.common_name
-        if name == "SEV-VCEK":
-            tcb, hwid = certificate.tcb(), certificate.hwid() or b""
-            chip = hwid + bytes(CHIP_ID_SIZE - len(hwid))
-            self._write(f"vcek/{chip.hex()}/{tcb.pack().hex()}.der", der)
-            return f"VCEK of chip {hwid.hex()} for {tcb}, valid until {certificate.valid_until:%Y-%m-%d}"
-        if name == "SEV-VLEK":
-            tcb = certificate.tcb()
-            self._write(f"vlek/{tcb.pack().hex()}-{digest}.der", der)
-            return f"VLEK of {certificate.csp_id()} for {tcb}, valid until {certificate.valid_until:%Y-%m-%d}"
-        certificate.require_ca()
-        self._write(f"ca/{digest}.der", der)
-        return f"CA {name}, key SHA-256 {certificate.spki_sha256.hex()}"
+        for der, name, _ in placed:
+            self._write(name, der)
+        return [line for _, _, line in placed]
 
     def _write(self, name: str, der: bytes) -> None:
         path = self._root / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
-                file.write(der)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, path)  # noqa: PTH105 - the name is a string, and the replacement atomic
+            # Only what is whole gets its name; whatever happens, nothing unfinished stays.
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as unfinished:
+                new = Path(unfinished) / path.name
+                with new.open("wb") as file:
+                    file.write(der)
+                    file.flush()
+                    os.fsync(file.fileno())
+                new.replace(path)
         except OSError as error:
             raise OperatorError(
                 "An endorsement cannot be kept.",
@@ -153,20 +142,39 @@ def _ders(raw: bytes) -> Iterator[bytes]:
         yield certificate_table.to_der(raw)
         return
     for entry in _entries(raw):
-        yield entry.der()
+        if entry.guid in certificate_table.NAMES:
+            yield entry.der()
+
+
+def _place(der: bytes) -> tuple[str, str]:
+    """Tell where a certificate or list belongs, and describe it for a person. Raises PeerError for anything else."""
+    digest = hashlib.sha256(der).hexdigest()
+    revocations = _revocation_list(der)
+    if revocations is not None:
+        issuer, due = revocations.issuer.rfc4514_string(), revocations.next_update_utc
+        return f"crl/{digest}.der", f"revocation list of {issuer}, next update {due}"
+    certificate = Certificate.parse(der)
+    name, until = certificate.common_name, f"valid until {certificate.valid_until:%Y-%m-%d}"
+    if name == "SEV-VCEK":
+        tcb, hwid = certificate.tcb(), certificate.hwid() or b""
+        chip = hwid.ljust(CHIP_ID_SIZE, b"\x00")
+        return f"vcek/{chip.hex()}/{tcb.pack().hex()}.der", f"VCEK of chip {hwid.hex()} for {tcb}, {until}"
+    if name == "SEV-VLEK":
+        tcb = certificate.tcb()
+        return f"vlek/{tcb.pack().hex()}-{digest}.der", f"VLEK of {certificate.csp_id()} for {tcb}, {until}"
+    certificate.require_ca()
+    return f"ca/{digest}.der", f"CA {name}, key SHA-256 {certificate.spki_sha256.hex()}"
 
 
 def _revocation_list(der: bytes) -> x509.CertificateRevocationList | None:
     try:
         parsed = x509.load_der_x509_crl(der)
-    except ValueError:
+    except UNREADABLE:
         return None
     return parsed if parsed.public_bytes(Encoding.DER) == der else None
 
 
-def _nothing_in(
-    found: str, expected: str = "certificates or revocation lists (PEM or DER), or a table of them"
-) -> KagimoriError:
+def _nothing_in(found: str, expected: str = _WANTED) -> KagimoriError:
     return OperatorError(
         "A file holds no endorsements.", code="endorsements.none", expected=expected, found=found
     )

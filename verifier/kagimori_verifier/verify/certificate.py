@@ -18,7 +18,6 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from cryptography.utils import CryptographyDeprecationWarning
 
 from kagimori_protocol.errors import Malformed, NotAuthentic
 from kagimori_protocol.snp import TcbVersion
@@ -30,6 +29,16 @@ if TYPE_CHECKING:
 MAX_CERTIFICATE: Final = 8192
 CA_KEY_BITS: Final = 4096
 _PSS_SALT: Final = 48
+
+UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""All that `cryptography` raises for certificates and revocation lists that it cannot read."""
 
 _AMD: Final = "1.3.6.1.4.1.3704.1."
 _OID_PRODUCT: Final = _AMD + "2"
@@ -59,15 +68,7 @@ class Certificate:
         tbs, signature = der.split_certificate(raw)
         try:
             fields = _load(raw)
-            # Read lazily by the library, and refused here rather than in the middle of a check.
-            _ = (fields.issuer, fields.subject, fields.extensions, fields.not_valid_before_utc)
-            _ = (fields.not_valid_after_utc, fields.public_key(), fields.signature_algorithm_parameters)
-        except (
-            ValueError,
-            UnsupportedAlgorithm,
-            x509.DuplicateExtension,
-            x509.UnsupportedGeneralNameType,
-        ) as error:
+        except UNREADABLE as error:
             raise _broken("an X.509 certificate", str(error)) from None
         return cls(raw=raw, tbs=tbs, signature=signature, fields=fields)
 
@@ -182,16 +183,21 @@ def _require_pss(parameters: object, hash_algorithm: object) -> None:
 
 
 def _load(raw: bytes) -> x509.Certificate:
-    """Load a certificate although its serial number may be 0."""
+    """Load a certificate although its serial number may be 0, and read all of it that is read later."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
+        warnings.simplefilter("ignore")  # of the serial number, and of names that whoever sent it made up
         try:
-            return x509.load_der_x509_certificate(raw)
+            fields = x509.load_der_x509_certificate(raw)
         except ValueError:
             renumbered = der.with_serial_number_one(raw)
             if renumbered is None:
                 raise
-            return x509.load_der_x509_certificate(renumbered)
+            fields = x509.load_der_x509_certificate(renumbered)
+        # Read lazily by the library, and refused here rather than in the middle of a check.
+        _ = (fields.issuer, fields.subject, fields.extensions, fields.not_valid_before_utc)
+        _ = (fields.not_valid_after_utc, fields.public_key())
+        _ = (fields.signature_hash_algorithm, fields.signature_algorithm_parameters)
+    return fields
 
 
 def _broken(expected: str, found: str) -> Malformed:

@@ -26,7 +26,7 @@ from kagimori_protocol.snp import (
 )
 from kagimori_verifier.claims import Revocation, Root, SnpClaims
 from kagimori_verifier.verify import der
-from kagimori_verifier.verify.certificate import Certificate, verify_pss
+from kagimori_verifier.verify.certificate import UNREADABLE, Certificate, verify_pss
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -235,7 +235,7 @@ def _genuine_list(raw: bytes, ark: Certificate) -> x509.CertificateRevocationLis
             return None
         _, signature = der.split_certificate(raw)
         verify_pss(ark.require_ca(), signature, parsed.tbs_certlist_bytes, "a signature by the ARK")
-    except (ValueError, KagimoriError):
+    except (*UNREADABLE, KagimoriError):
         return None
     return parsed
 
