@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import os
 import re
-import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from kagimori_agent import config as configuration
+from kagimori_agent import luks
 from kagimori_agent.devices.tpm_places import Place, by_driver, read_event_log
 from kagimori_protocol.errors import ImageError, KagimoriError, NetworkError
 
@@ -97,7 +97,7 @@ def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
     if config.kind == "svsm-vtpm":
         look("vTPM", _tpm_name, config, root)
         look("event log", _event_log, config, root)
-    look("cryptsetup", _cryptsetup)
+    look("cryptsetup", lambda: str(luks.cryptsetup()))
     for verifier in config.verifiers:
         look(f"name of verifier {verifier.name}", _resolve, verifier)
         look(f"verifier {verifier.name}", _reach, verifier)
@@ -174,19 +174,6 @@ def _tpm_name(config: Config, root: Path) -> str:
 
 def _event_log(config: Config, root: Path) -> str:
     return f"{len(read_event_log(_tpm(config, root).event_log, root))} bytes"
-
-
-def _cryptsetup() -> str:
-    path = shutil.which("cryptsetup", path="/usr/sbin:/sbin:/usr/bin:/bin")
-    if path is None:
-        raise ImageError(
-            "cryptsetup is missing.",
-            code="doctor.cryptsetup",
-            expected="the program cryptsetup in /usr/sbin, /sbin, /usr/bin or /bin",
-            found="none",
-            todo="Put cryptsetup into the initramfs.",
-        )
-    return path
 
 
 def _resolve(verifier: Verifier) -> str:

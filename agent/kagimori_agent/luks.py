@@ -123,9 +123,10 @@ def open_volume(
 ) -> str:
     """Open a volume and return "mapped"; with ``prove`` only try the key, map nothing, and return "proved".
 
-    ``timeout_s`` seconds are for all of it: a device that is not there yet is waited for. A mapping of this name and
-    UUID that is active already is taken for the result of an earlier attempt. Raises UsageError (size of the key),
-    ImageError (no device-mapper, no cryptsetup), DiskError (everything else).
+    ``timeout_s`` seconds are for all of it: a device that is not there yet is waited for. A mapping that is active
+    already is refused, even under this name and UUID: a host can plant a volume with a copied UUID and its own
+    passphrase, and whoever opened it did not use our key (THREATS T2). Raises UsageError (size of the key), ImageError
+    (no device-mapper, no cryptsetup), DiskError (everything else).
     """
     deadline = time.monotonic() + timeout_s
     if len(key) != KEY_SIZE:
@@ -137,14 +138,13 @@ def open_volume(
         )
     if not prove:
         _require_device_mapper(root)
-        if _is_active(volume, root):
-            return "mapped"
+        _require_unmapped(volume, root)
     device = _await_device(volume, root, deadline)
     # The header first, then the key.
     header = check(parse(read(device)))
     _require_uuid(volume, device, header.uuid)
     arguments = [
-        str(_cryptsetup()),
+        str(cryptsetup()),
         "open",
         *("--type", "luks2"),
         "--batch-mode",
@@ -245,6 +245,18 @@ def _mapping_uuid(volume: Volume) -> str:
     return f"CRYPT-LUKS2-{volume.uuid.replace('-', '')}-{volume.name}"
 
 
+def _require_unmapped(volume: Volume, root: Path) -> None:
+    """Raise DiskError where something else has opened the volume, or what claims to be it, before us."""
+    if _is_active(volume, root):
+        raise DiskError(
+            f"{volume.name} is open already, and not by its key from the verifier.",
+            code="luks.mapping",
+            expected=f"no mapping {volume.name} before the agent makes it",
+            found=_mapping_uuid(volume),
+            todo="See that nothing else in the initramfs opens this volume (crypttab, rd.luks, a prompt).",
+        )
+
+
 def _is_active(volume: Volume, root: Path) -> bool:
     """Tell whether exactly this mapping is active; raise DiskError if its name is another's, or its volume is."""
     prefix = f"CRYPT-LUKS2-{volume.uuid.replace('-', '')}-"
@@ -267,7 +279,7 @@ def _is_active(volume: Volume, root: Path) -> bool:
     return False
 
 
-def _cryptsetup() -> Path:
+def cryptsetup() -> Path:
     for directory in DIRECTORIES:
         path = directory / "cryptsetup"
         if os.access(path, os.X_OK):

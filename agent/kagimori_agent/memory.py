@@ -1,7 +1,7 @@
-"""Keep secrets out of swap, core dumps and texts, and wipe them when they have served.
+"""Keep secrets out of swap and core dumps.
 
-Best effort, and said so: Python copies what it likes, and an initramfs has no swap. What is kept is that no secret
-outlives its use by our own doing, and that none gets where something else would store it.
+Best effort, and said so: keys travel as ``bytes``, which Python copies and cannot wipe. What is kept is that none gets
+where something else would store it; references go as soon as they have served (docs/threat-model.md).
 
 Import budget: ``ctypes``, ``resource`` and the error tree.
 """
@@ -11,10 +11,9 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Final
 
-from kagimori_protocol.errors import ImageError, UsageError
+from kagimori_protocol.errors import ImageError
 
 _PR_SET_DUMPABLE: Final = 4  # linux/prctl.h
 _MCL_CURRENT: Final = 1  # asm-generic/mman.h
@@ -52,59 +51,3 @@ def lock_memory() -> bool:
     flags = _MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT  # on fault: stacks of threads are not filled for it
     locked: int = ctypes.CDLL(None, use_errno=True).mlockall(flags)
     return locked == 0
-
-
-class Secret:
-    """Bytes that are wiped on leaving the ``with`` block (or by ``wipe``), and that no text ever shows.
-
-    The bytes given are copied; a caller's own copy stays the caller's to wipe.
-    """
-
-    __slots__ = ("_data", "_wiped")
-
-    def __init__(self, data: bytes | bytearray | memoryview) -> None:
-        """Copy ``data``."""
-        self._data = bytearray(data)
-        self._wiped = False
-
-    @property
-    def view(self) -> memoryview:
-        """The bytes, read-only, without another copy. Raises UsageError once wiped: zeros must never pass for a key.
-
-        A view that was taken earlier stays as long as it was and shows zeros.
-        """
-        if self._wiped:
-            raise UsageError(
-                "A secret was asked for after it was wiped.",
-                code="memory.wiped",
-                expected="a secret",
-                found="zeros",
-            )
-        return memoryview(self._data).toreadonly()
-
-    def wipe(self) -> None:
-        """Overwrite the bytes with zeros, where they are; more than once does no harm."""
-        self._data[:] = bytes(len(self._data))
-        self._wiped = True
-
-    def __enter__(self) -> Self:
-        """Give this secret."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Wipe."""
-        self.wipe()
-
-    def __len__(self) -> int:
-        """Size in bytes."""
-        return len(self._data)
-
-    def __repr__(self) -> str:
-        """Show nothing, not even the size."""
-        return "Secret(...)"
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        """Refuse to be pickled or copied."""
-        raise TypeError("a Secret is not pickled and not copied")

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kagimori_agent.luks import has_device_mapper
 from kagimori_protocol import messages, transcript
 from kagimori_protocol.errors import KagimoriError
 from kagimori_simulator import disk, faults, measured_boot, pe, stage
@@ -95,7 +96,7 @@ class Demo:
     @staticmethod
     def prove() -> tuple[str, ...]:
         """Where the kernel has no device-mapper, ask the agent to prove the key instead of mapping the volume."""
-        return () if _has_device_mapper() else ("--prove",)
+        return () if has_device_mapper() else ("--prove",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,10 +238,6 @@ def _replay_and_forge(demo: Demo, world: World, other: Vtpm) -> None:
             continue
         checks = demo.commands.explain(transcript.session_id(denial.session))
         demo.refused(title, f"denied: {denial.code}", checks)
-
-
-def _has_device_mapper() -> bool:
-    return "device-mapper" in Path("/proc/misc").read_text(encoding="ascii")
 
 
 def _close(name: str) -> None:
