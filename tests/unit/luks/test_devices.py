@@ -175,15 +175,15 @@ def test_a_mapping_that_cryptsetup_only_claims_is_not_believed(
     vault.refused(lambda: vault.open(disk, root), "luks.not-mapped")
 
 
-def test_a_volume_that_is_mapped_already_is_done(
+def test_a_volume_that_something_else_has_opened_is_not_taken_for_ours(
     root: Path, disk: Path, instead: Callable[[str], Path], vault: Vault
 ) -> None:
-    """A second attempt in one boot, after another volume failed, must not trip over the first's success."""
+    """A host plants a disk with a copied UUID and types its own passphrase at a prompt: our key opened nothing."""
     witness = disk.parent / "started"
     instead(f"touch {witness}")
     vault.map(root, "cryptroot", vault.mapping_uuid)
     vault.map(root, "swap", "LVM-x", dm="dm-1")
-    assert vault.open(disk, root) == "mapped"
+    vault.refused(lambda: vault.open(disk, root), "luks.mapping")
     assert not witness.exists()
 
 
