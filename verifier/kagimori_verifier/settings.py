@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal
+from urllib.parse import quote
 
 import msgspec
 from msgspec import Meta, Struct
@@ -13,22 +14,29 @@ from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.keystore.kek import CredentialKek, FileKek, KekProvider
 
 DEFAULT_PATH: Final = Path("/etc/kagimori/verifier.toml")
+MAX_BYTES: Final = 64 << 10
+"""Largest verifier.toml in bytes."""
 _SQLITE: Final = "sqlite:///"
+
+Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]+\Z")]
+"""A path or a name: not empty, no control character."""
+Url = Annotated[str, Meta(pattern=r"\Ahttps?://[\x21-\x7e]{1,500}\Z")]
+"""What agents are told to ask; agent.toml is stricter still."""
 
 
 class KekSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Where the key-encryption key comes from: ``file`` (a path) or ``credential`` (systemd's name for it)."""
 
     provider: Literal["file", "credential"] = "file"
-    path: str = "kek"
-    name: str = "kagimori-kek"
+    path: Text = "kek"
+    name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z")] = "kagimori-kek"
 
 
 class TlsSettings(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """TLS is welcome, but nothing depends on it: replies are signed."""
 
-    certificate: str
-    key: str
+    certificate: Text
+    key: Text
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,12 +51,12 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class _File(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What may stand in verifier.toml."""
 
-    database: str = f"{_SQLITE}verifier.db"
-    endorsements: str = "endorsements"
+    database: Text = f"{_SQLITE}verifier.db"
+    endorsements: Text = "endorsements"
     listen: Annotated[str, Meta(pattern=r"\A(\[[0-9a-fA-F:]+\]|[0-9A-Za-z.-]+):[0-9]{1,5}\Z")] = (
         "127.0.0.1:8117"
     )
-    public_urls: Annotated[list[str], Meta(min_length=1, max_length=4)]
+    public_urls: Annotated[list[Url], Meta(min_length=1, max_length=4)]
     kek: KekSettings = msgspec.field(default_factory=KekSettings)
     tls: TlsSettings | None = None
     limits: Limits = msgspec.field(default_factory=Limits)
@@ -73,7 +81,8 @@ class Settings(_File, frozen=True, kw_only=True):
     def database_url(self) -> str:
         """The database as SQLAlchemy wants it, with an absolute path for SQLite."""
         if self.database.startswith(_SQLITE) and not self.database.startswith(_SQLITE + "/"):
-            return f"{_SQLITE}{self.path(self.database.removeprefix(_SQLITE))}"
+            # The directory is a path, in which every character is itself; in a URL, % and ? are not.
+            return f"{_SQLITE}{quote(str(self.directory))}/{self.database.removeprefix(_SQLITE)}"
         return self.database
 
     def path(self, name: str) -> Path:
@@ -90,18 +99,28 @@ class Settings(_File, frozen=True, kw_only=True):
 def load(path: Path) -> Settings:
     """Read verifier.toml. Raises OperatorError, naming the key that is wrong."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        file = msgspec.convert(content, _File)
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise _wrong(path, "a file that can be read", str(error.strerror), "settings.read") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    if len(raw) > MAX_BYTES:
+        raise _wrong(path, f"at most {MAX_BYTES} bytes", "more", "settings.toml")
+    try:
+        content = tomllib.loads(raw.decode())
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of TOML, of UTF-8, or of a number beyond Python's patience
         raise _wrong(path, "TOML", str(error), "settings.toml") from error
+    try:
+        parsed = msgspec.convert(content, _File)
     except msgspec.ValidationError as error:
         raise _wrong(
             path, "the keys of docs/verifier.md, in their types", str(error), "settings.key"
         ) from error
     settings = Settings(
-        directory=path.resolve().parent, **{name: getattr(file, name) for name in file.__struct_fields__}
+        directory=path.resolve().parent,
+        **{name: getattr(parsed, name) for name in parsed.__struct_fields__},
     )
     if not 0 <= settings.port <= 0xFFFF:  # noqa: PLR2004 - the range of ports
         raise _wrong(path, "a port up to 65535", settings.listen, "settings.key")

@@ -40,10 +40,14 @@ class FileKek:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(kek)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(kek)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                self._path.unlink()
+                raise
         except FileExistsError as error:
             raise _wrong(self._path, "no file yet", "one, which is left alone", "kek.exists") from error
         except OSError as error:
@@ -55,21 +59,24 @@ class FileKek:
     def read(self) -> bytes:
         """Read the KEK, if nobody else could have. Raises OperatorError."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Not blocking: a FIFO in the file's place has no other end, and is refused below.
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                self._require_private(os.fstat(descriptor))
+                return _sized(self._path, os.read(descriptor, KEK_SIZE + 1))
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise _wrong(
                 self._path, "a regular file that can be read", str(error.strerror), "kek.read"
             ) from error
-        with os.fdopen(descriptor, "rb") as file:
-            facts = os.fstat(file.fileno())
-            if (
-                not stat.S_ISREG(facts.st_mode)
-                or facts.st_mode & _OTHERS
-                or facts.st_uid not in {0, os.geteuid()}
-            ):
-                found = f"mode {stat.S_IMODE(facts.st_mode):04o}, owner {facts.st_uid}"
-                raise _wrong(self._path, "mode 0600 or 0400, owned by root or this user", found, "kek.mode")
-            return _sized(self._path, file.read(KEK_SIZE + 1))
+
+    def _require_private(self, facts: os.stat_result) -> None:
+        if not stat.S_ISREG(facts.st_mode):
+            raise _wrong(self._path, "a regular file", "something else", "kek.read")
+        if facts.st_mode & _OTHERS or facts.st_uid not in {0, os.geteuid()}:
+            found = f"mode {stat.S_IMODE(facts.st_mode):04o}, owner {facts.st_uid}"
+            raise _wrong(self._path, "mode 0600 or 0400, owned by root or this user", found, "kek.mode")
 
 
 class CredentialKek:
