@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from msgspec import UnsetType
 
     from kagimori_agent.attempt import Answered
+    from kagimori_agent.cap import Capped
     from kagimori_agent.config import Config
+    from kagimori_agent.unlock import Unlocked
     from kagimori_protocol.messages import Verdict
 
 DEFAULT_CONFIG: Final = Path("/etc/kagimori/agent.toml")
@@ -131,15 +133,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _unlock(options: argparse.Namespace) -> int:
-    from kagimori_agent import memory
-    from kagimori_agent.unlock import unlock
+    from kagimori_agent import signals
 
-    memory.forbid_core_dumps()
-    if not memory.lock_memory():
-        console.say(
-            "memory cannot be locked: keys could be swapped out, so use no swap before the root is open"
-        )
-    unlocked = unlock(_config_or_cap(options), console.say, prove=options.prove)
+    with signals.in_order():
+        try:
+            unlocked = _get_unlocked(options)
+        except BaseException:
+            # Whatever it was, it may have come before the unlock's own cap, or into the middle of it.
+            _cap_all(options)
+            raise
     if options.json:
         _print_json(
             {
@@ -154,6 +156,19 @@ def _unlock(options: argparse.Namespace) -> int:
     for one in unlocked.volumes:
         print(f"{one.name}: {one.how}")
     return 0
+
+
+def _get_unlocked(options: argparse.Namespace) -> Unlocked:
+    from kagimori_agent import memory
+    from kagimori_agent.config import load
+    from kagimori_agent.unlock import unlock
+
+    memory.forbid_core_dumps()
+    if not memory.lock_memory():
+        console.say(
+            "memory cannot be locked: keys could be swapped out, so use no swap before the root is open"
+        )
+    return unlock(load(options.config), console.say, prove=options.prove)
 
 
 def _dry_run(options: argparse.Namespace) -> int:
@@ -200,11 +215,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _cap(options: argparse.Namespace) -> int:
-    from kagimori_agent.cap import cap
-
-    config = _config_or_cap(options)
-    driver = config.tpm.driver if config.kind == "svsm-vtpm" else None
-    capped = cap(config.tpm.cap_pcr, driver=driver, tcti=config.tpm.tcti)
+    config, capped = _cap_all(options)
     if options.json:
         _print_json(
             {
@@ -219,16 +230,21 @@ def _cap(options: argparse.Namespace) -> int:
     return 0
 
 
-def _config_or_cap(options: argparse.Namespace) -> Config:
-    """Load agent.toml; where that fails, cap every TPM as one without agent.toml would, and then raise the failure."""
+def _cap_all(options: argparse.Namespace) -> tuple[Config, list[Capped]]:
+    """Cap as agent.toml says; where it says nothing, cap every TPM as one without it would, and raise why.
+
+    A cap that is there already stays as it is.
+    """
     from kagimori_agent.cap import cap
     from kagimori_agent.config import load
 
     try:
-        return load(options.config)
-    except KagimoriError:
+        config = load(options.config)
+    except BaseException:
         cap()
         raise
+    driver = config.tpm.driver if config.kind == "svsm-vtpm" else None
+    return config, cap(config.tpm.cap_pcr, driver=driver, tcti=config.tpm.tcti)
 
 
 def _make_directory(path: Path) -> None:
