@@ -335,6 +335,16 @@ def test_what_is_no_printable_ia5string_is_malformed(value: bytes) -> None:
         der.ia5_string(value)
 
 
+def test_the_algorithm_outside_of_what_is_signed_is_the_one_inside(vcek: Certificate) -> None:
+    """Otherwise the host could change bytes of a certificate that no signature covers."""
+    end = vcek.raw.index(vcek.tbs) + len(vcek.tbs)
+    for at in range(end, len(vcek.raw) - len(vcek.signature)):
+        changed = bytearray(vcek.raw)
+        changed[at] ^= 1
+        with pytest.raises(Malformed):
+            Certificate.parse(bytes(changed))
+
+
 @given(st.binary(max_size=60))
 def test_no_bytes_make_the_der_reader_stumble(raw: bytes) -> None:
     """Only Malformed leaves it."""

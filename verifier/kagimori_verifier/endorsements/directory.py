@@ -133,17 +133,15 @@ def _der(payload: bytes) -> bytes | None:
 
 
 def _ders(raw: bytes) -> Iterator[bytes]:
-    """Give each certificate or list in a file: PEM blocks, one DER, or the entries of a certificate table."""
-    if b"-----BEGIN " in raw and not any(_entries(raw)):
+    """Give each certificate or list in a file: the entries of a certificate table, PEM blocks, or one DER."""
+    if entries := _entries(raw):
+        # Asked first: a table's entries may be PEM, so that it looks like PEM with text in front.
+        yield from (entry.der() for entry in entries if entry.guid in certificate_table.NAMES)
+    elif b"-----BEGIN " in raw:
         for block in raw.split(b"-----BEGIN ")[1:]:
             yield certificate_table.to_der(b"-----BEGIN " + block)
-        return
-    if _der(raw) is not None:
-        yield certificate_table.to_der(raw)
-        return
-    for entry in _entries(raw):
-        if entry.guid in certificate_table.NAMES:
-            yield entry.der()
+    elif (der := _der(raw)) is not None:
+        yield der
 
 
 def _place(der: bytes) -> tuple[str, str]:

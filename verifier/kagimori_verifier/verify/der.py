@@ -45,7 +45,11 @@ def element(data: bytes, at: int, tag: int, limit: int | None = None) -> Element
 
 
 def split_certificate(raw: bytes) -> tuple[bytes, bytes]:
-    """Give a certificate's tbsCertificate, with its header, and its signature. Raises Malformed."""
+    """Give what is signed in a certificate or revocation list, with its header, and the signature.
+
+    The algorithm outside of what is signed must be the one inside (RFC 5280, sections 4.1.1.2 and 5.1.1.2), byte for
+    byte: then nobody but the issuer could have chosen any byte of the whole. Raises Malformed.
+    """
     whole = element(raw, 0, _SEQUENCE)
     if whole.end != len(raw):
         raise _broken("one certificate and nothing after it", f"{len(raw) - whole.end} bytes more")
@@ -54,6 +58,12 @@ def split_certificate(raw: bytes) -> tuple[bytes, bytes]:
     signature = element(raw, algorithm.end, _BIT_STRING, whole.end)
     if signature.end != whole.end or raw[signature.content : signature.content + 1] != b"\x00":
         raise _broken("a signature of whole bytes at the end", "something else")
+    at = tbs.content
+    while at < tbs.end and raw[at] in (_VERSION, _INTEGER):  # version and serial number come first
+        at = element(raw, at, raw[at], tbs.end).end
+    inner = element(raw, at, _SEQUENCE, tbs.end)
+    if raw[inner.start : inner.end] != raw[algorithm.start : algorithm.end]:
+        raise _broken("one signature algorithm, inside and outside", "two")
     return raw[tbs.start : tbs.end], raw[signature.content + 1 : signature.end]
 
 
