@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kagimori_verifier.appraise.policy import VM_OWNED_PCRS
 from kagimori_verifier.verify.eventlog_names import first_difference
 
 if TYPE_CHECKING:
@@ -26,14 +27,16 @@ def appraise_boot(
     """Note each governed PCR against the closest boot state of the VM and of its profile, then the cap.
 
     PCR values must have been seen together: one state of the VM and one of its profile have to explain all of
-    them. Where both know a PCR, the VM's word counts. Only ``unlock`` needs the cap off; other purposes
-    report its state.
+    them. Where both know a PCR, the VM's word counts; for one that covers an initramfs or a command line, nothing else
+    does, or a VM could boot as another of its profile. Only ``unlock`` needs the cap off; other purposes report its
+    state.
     """
     policy = references.policy
+    owned = VM_OWNED_PCRS[policy.boot_way]
     profile_state = _closest(references.profile_states, pcrs)
     vm_state = _closest(references.vm_states, pcrs)
     for index in policy.governed_pcrs:
-        owner, reference = _reference(index, profile_state, vm_state)
+        owner, reference = _reference(index, None if index in owned else profile_state, vm_state)
         _note_pcr(trail, index, pcrs.get(index), owner, reference, events.get(index, ()))
     cap = pcrs.get(policy.cap_pcr)
     trail.note(

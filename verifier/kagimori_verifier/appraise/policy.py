@@ -42,6 +42,10 @@ NEVER_ALLOWED: Final = frozenset({"DEBUG"})
 
 Spl = Annotated[int, Meta(ge=0, le=255)]
 PcrIndex = Annotated[int, Meta(ge=0, le=23)]
+CapPcr = Annotated[int, Meta(ge=8, le=15)]
+"""One that the firmware leaves at zero; from 16 on, a guest can reset them and so undo the cap (TCG PC Client Platform
+Firmware Profile, PCR usage). agent.toml has the same bounds."""
+Bits = Annotated[int, Meta(ge=0)]
 
 
 class TcbFloor(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -95,17 +99,17 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         ]
     )
     platform_required: list[str] = msgspec.field(default_factory=list)
-    launch_mitigations: int = 0
+    launch_mitigations: Bits = 0
     """Bits that LAUNCH_MIT_VECTOR must have; reports before version 5 have none."""
-    current_mitigations: int = 0
+    current_mitigations: Bits = 0
     revocation: Literal["required", "if-present"] = "required"
     extra_pcrs: list[PcrIndex] = msgspec.field(default_factory=list)
-    cap_pcr: PcrIndex = 15
+    cap_pcr: CapPcr = 15
 
     @property
     def governed_pcrs(self) -> tuple[int, ...]:
         """PCRs that must be explained, in order; the cap is not among them."""
-        return tuple(sorted((GOVERNED_PCRS[self.boot_way] | set(self.extra_pcrs)) - {self.cap_pcr}))
+        return tuple(sorted(GOVERNED_PCRS[self.boot_way] | set(self.extra_pcrs)))
 
     @property
     def quoted_pcrs(self) -> tuple[int, ...]:
@@ -117,7 +121,7 @@ def parse_policy(text: str | bytes) -> Policy:
     """Read a policy from JSON. Raises OperatorError, naming what is wrong."""
     try:
         policy = msgspec.json.decode(text, type=Policy)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _wrong("the fields of docs/policy.md", str(error)) from error
     return check_policy(policy)
 
@@ -132,7 +136,7 @@ def check_policy(policy: Policy) -> Policy:
             raise _wrong("fmc in Turin's floor and in no other", f"{product}: {floor.as_tcb()}")
     if never := sorted(NEVER_ALLOWED & {*policy.guest_policy_allowed, *policy.guest_policy_required}):
         raise _wrong("no policy that lets the host debug the guest", ", ".join(never))
-    if policy.cap_pcr in GOVERNED_PCRS[policy.boot_way]:
+    if policy.cap_pcr in policy.governed_pcrs:
         raise _wrong("a cap PCR that the boot does not use", f"PCR {policy.cap_pcr}")
     if "vlek" in policy.signers and not policy.csp_ids:
         raise _wrong("csp_ids beside the signer vlek: whose VLEK it may be", "none")
