@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from kagimori_verifier.store import StoreUnavailable, refusals
+from kagimori_verifier.trail import plain
 
 if TYPE_CHECKING:
     from kagimori_protocol.errors import KagimoriError
@@ -32,16 +33,17 @@ class Refusals:
         error: KagimoriError,
         source: str,
     ) -> None:
-        """Write one refusal down."""
-        _log.warning("refused", path=path, session=session, vm=vm_id, source=source, **error.as_dict())
+        """Write one refusal down, in texts of bounded length: the sender had a say in them."""
+        texts = {name: plain(text) for name, text in error.as_dict().items()}
+        _log.warning("refused", path=path, session=session, vm=vm_id, source=source, **texts)
         row = refusals.Refusal(
             created=at_s,
             path=path,
             session=session,
             vm_id=vm_id,
             code=error.code,
-            expected=error.expected or "",
-            found=error.found or "",
+            expected=texts.get("expected", ""),
+            found=texts.get("found", ""),
             source=source,
         )
         try:

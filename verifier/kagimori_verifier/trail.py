@@ -39,7 +39,7 @@ class Trail:
 
     def note(self, check: str, holds: bool, *, expected: str, found: str) -> None:  # noqa: FBT001 - the verdict itself
         """Write a check down, whether it holds or not."""
-        self._checks.append(Check(id=check, ok=holds, expected=_plain(expected), found=_plain(found)))
+        self._checks.append(Check(id=check, ok=holds, expected=plain(expected), found=plain(found)))
 
     def require(self, check: str, holds: bool, *, expected: str, found: str) -> None:  # noqa: FBT001 - the verdict itself
         """Write a check down, and raise NotAuthentic with its name if it does not hold."""
@@ -65,7 +65,7 @@ class Trail:
             self.note(check, True, expected=expected, found="so it is")  # noqa: FBT003 - it held
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Bound a text and escape what a terminal would obey: parts of it were chosen by whoever sent the evidence."""
     escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
