@@ -280,6 +280,7 @@ def _is_active(volume: Volume, root: Path) -> bool:
 
 
 def cryptsetup() -> Path:
+    """Find cryptsetup in the fixed directories. Raises ImageError."""
     for directory in DIRECTORIES:
         path = directory / "cryptsetup"
         if os.access(path, os.X_OK):
