@@ -132,11 +132,14 @@ class Pipeline:
         return token.issue(self._token_key, body, unbound, now_s)
 
     def judge(self, body: bytes, now_s: int, trail: Trail) -> Judgement:
-        """Judge one Evidence, writing every check on ``trail``. Raises NotAuthentic; database errors pass through."""
+        """Judge one Evidence, writing every check on ``trail``.
+
+        Raises Malformed and UnsupportedVersion for what cannot be read, NotAuthentic for what cannot be believed;
+        database errors pass through.
+        """
         # 1 sizes, strict decoding, token authentic and unexpired, own challenge and Hello bound to it
-        with trail.step("message.decode", "an Evidence and a Hello in their one form"):
-            evidence = messages.decode(messages.Evidence, body)
-            hello = messages.decode(messages.Hello, evidence.hello)
+        evidence = messages.decode(messages.Evidence, body)
+        hello = messages.decode(messages.Hello, evidence.hello)
         challenge, session = self._own_challenge(trail, evidence, now_s)
         t0 = transcript.t0(evidence.hello, [(signed.key, signed.challenge) for signed in evidence.challenges])
         # 2 VM known and enabled, purpose allowed, volumes a subset of the VM's
