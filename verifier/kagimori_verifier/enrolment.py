@@ -1,42 +1,34 @@
 """Give a LUKS2 volume an unlock key of its own, on the owner's machine, without ever losing one.
 
-The key is kept (state ``adding``) before the header is touched, and active only after the volume has opened with it: killed
-at any point, either nothing has changed or the same verb completes it. Keys reach cryptsetup through pipes only.
+::
+
+    keep the key, wrapped (adding)  ->  add a keyslot  ->  prove that it opens  ->  active, and the ledger's line
+
+Killed at any point, either nothing has changed, or ``volume list`` shows ``adding`` and the same verb completes it with
+the same key. A failure takes back what it did: the keyslot first, then the row, so that no keyslot stays whose key is
+forgotten.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import threading
 from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import DiskError, OperatorError
-from kagimori_verifier import ledger
-from kagimori_verifier.keystore.unlock_keys import UNLOCK_KEY_SIZE, UnlockKeys
+from kagimori_verifier import ledger, luks_enrol
+from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.store import vms
 from kagimori_verifier.store.vms import VolumeRow
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kagimori_verifier.store import Store
+    from kagimori_verifier.store import Store, Txn
 
-CRYPTSETUP_S: Final = 120
 FIRST_VERSION: Final = 1
-SEARCH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
-
-_FAST_KEYSLOT: Final = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
-"""The unlock key is uniform, so a derivation has nothing to slow down; the least that cryptsetup takes is enough."""
-
-_MEANINGS: Final = {
-    1: "it did not accept the parameters",
-    2: "no keyslot opens with this passphrase",
-    3: "it ran out of memory",
-    4: "the device cannot be used",
-    5: "the device is in use",
-}
+MAX_VOLUMES: Final = 16
+"""Volumes that a VM can ask for (kagimori_protocol.messages.Hello)."""
+RESERVED: Final = "control"
+"""A name in /dev/mapper that device-mapper itself has."""
 
 
 def add_volume(  # noqa: PLR0913 - what one volume consists of, by name only
@@ -44,150 +36,99 @@ def add_volume(  # noqa: PLR0913 - what one volume consists of, by name only
 ) -> VolumeRow:
     """Make an unlock key, keep it, add a keyslot for it, prove it; returns the active volume.
 
-    ``passphrase`` opens an existing keyslot. Raises DiskError (nothing is left behind in the database then, and a
-    keyslot only if it was proved unusable) and OperatorError.
+    ``passphrase`` opens an existing keyslot; ``label`` is the mapping's name in the VM. Raises DiskError and
+    OperatorError; header and database are then as before, or the error says what is not.
     """
-    uuid = _luks2_uuid(device)
+    uuid = luks_enrol.luks2_uuid(device)
+    before = luks_enrol.keyslots(device)
     unlock_keys = UnlockKeys(kek)
-    row = _kept(store, unlock_keys, vm_id, uuid, label, at_s)
-    key = unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
-    try:
-        if not _opens(device, key):
-            _add_keyslot(device, passphrase, key)
-        if not _opens(device, key):
-            raise DiskError(
-                f"{device} does not open with the key that was just added.",
-                code="volume.prove",
-                expected="cryptsetup to open it",
-                found="no keyslot with this key",
-                todo="Look at the device's health; its older keyslots are untouched.",
-            )
-    except DiskError:
-        with store.write() as txn:
-            vms.remove_volume(txn, vm_id, uuid, row.version)
-        raise
     with store.write() as txn:
+        row, resumed = _kept(txn, unlock_keys, vm_id, uuid, label, at_s)
+    key = unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
+    # An interrupted run may have come as far as the keyslot. As long as that is not known, its row stays.
+    if not (resumed and luks_enrol.opens(device, key)):
+        try:
+            luks_enrol.add_keyslot(device, passphrase, key)
+            _prove(device, key)
+        except DiskError as error:
+            _take_back(store, row, device, before, error)
+            raise
+    with store.write() as txn:
+        if not any(one == row for one in vms.volumes(txn, vm_id, state="adding")):
+            raise OperatorError(
+                f"Volume {uuid} was removed while its keyslot was being added.",
+                code="volume.removed",
+                expected=f"volume {uuid} of {vm_id} in state adding",
+                found="none",
+                todo=f"Remove the new keyslot: cryptsetup luksKillSlot {device} NUMBER.",
+            )
         vms.set_volume_state(txn, vm_id, uuid, row.version, "active")
-        ledger.append(
-            txn,
-            at_s=at_s,
-            event="volume-added",
-            vm_id=vm_id,
-            session=None,
-            body={"uuid": uuid, "name": label},
-        )
-    return next(one for one in _all(store, vm_id) if one.uuid == uuid)
+        body = {"uuid": uuid, "name": row.label, "version": row.version}
+        ledger.append(txn, at_s=at_s, event="volume-added", vm_id=vm_id, session=None, body=body)
+        return next(one for one in vms.volumes(txn, vm_id) if one.uuid == uuid)
 
 
-def _kept(store: Store, unlock_keys: UnlockKeys, vm_id: str, uuid: str, label: str, at_s: int) -> VolumeRow:  # noqa: PLR0913 - a row's columns
-    """Keep a new wrapped key, or find the one that an interrupted run has kept."""
-    for one in _all(store, vm_id):
-        if one.uuid == uuid and one.state == "active":
+def _kept(  # noqa: PLR0913 - a row's columns
+    txn: Txn, unlock_keys: UnlockKeys, vm_id: str, uuid: str, label: str, at_s: int
+) -> tuple[VolumeRow, bool]:
+    """Keep a new wrapped key, or find the one that an interrupted run has kept; tells which."""
+    others = []
+    for one in vms.volumes(txn, vm_id, state=None):
+        if one.uuid != uuid:
+            others.append(one)
+        elif one.state == "adding":
+            return one, True
+        else:
             raise OperatorError(
                 f"Volume {uuid} of {vm_id} is enrolled already.",
                 code="volume.exists",
                 expected="a volume without an unlock key here",
-                found=f"version {one.version}, active",
+                found=f"version {one.version}, {one.state}",
                 todo="`kagimori-verifier volume remove` forgets it first.",
             )
-        if one.uuid == uuid and one.state == "adding":
-            return one
+    if label == RESERVED or label in {one.label for one in others}:
+        raise OperatorError(
+            f"The mapping name {label} is taken.",
+            code="volume.name",
+            expected=f"a name that no other volume of {vm_id} has, and not {RESERVED}",
+            found=label,
+            todo="Choose another by --name.",
+        )
+    if len(others) >= MAX_VOLUMES:
+        raise OperatorError(
+            f"{vm_id} has as many volumes as a VM can ask for.",
+            code="volume.many",
+            expected=f"at most {MAX_VOLUMES}",
+            found=str(len(others)),
+        )
     wrapped = unlock_keys.wrap(unlock_keys.make(), vm_id, uuid, FIRST_VERSION)
     row = VolumeRow(vm_id, uuid, "adding", wrapped, FIRST_VERSION, 0, label, at_s)
+    vms.add_volume(txn, row)
+    return row, False
+
+
+def _prove(device: Path, key: bytes) -> None:
+    if not luks_enrol.opens(device, key):
+        raise DiskError(
+            f"{device} does not open with the key that was just added.",
+            code="volume.prove",
+            expected="cryptsetup to open it",
+            found="no keyslot with this key",
+            todo="Look at the device's health; its older keyslots are untouched.",
+        )
+
+
+def _take_back(store: Store, row: VolumeRow, device: Path, before: frozenset[int], error: DiskError) -> None:
+    """Remove the keyslot that a failed run has added, then the row. Raises DiskError if the keyslot has to stay."""
+    try:
+        luks_enrol.remove_keyslots(device, luks_enrol.keyslots(device) - before)
+    except DiskError as kept:
+        raise DiskError(
+            f"{error.what} What was begun could not be taken back: {kept.what}",
+            code=error.code,
+            expected=error.expected,
+            found=error.found,
+            todo="The volume stays in state adding, so that no key is lost. Run the same command again.",
+        ) from error
     with store.write() as txn:
-        vms.add_volume(txn, row)
-    return row
-
-
-def _all(store: Store, vm_id: str) -> tuple[VolumeRow, ...]:
-    with store.read() as txn:
-        return vms.volumes(txn, vm_id, state=None)
-
-
-def _luks2_uuid(device: Path) -> str:
-    if _run(("isLuks", "--type", "luks2", "--", str(device)), device).returncode != 0:
-        raise DiskError(
-            f"{device} is no LUKS2 volume.",
-            code="volume.luks2",
-            expected="a device or image with a LUKS2 header",
-            found="none" if device.exists() else "no such file",
-            todo="cryptsetup convert --type luks2 turns a LUKS1 header into one.",
-        )
-    done = _run(("luksUUID", "--", str(device)), device)
-    uuid = done.stdout.decode(errors="replace").strip()
-    if done.returncode or len(uuid) != 36:  # noqa: PLR2004 - RFC 4122 text
-        raise DiskError(
-            f"{device} has no UUID.", code="volume.uuid", expected="a UUID in its header", found=uuid
-        )
-    return uuid
-
-
-def _add_keyslot(device: Path, passphrase: bytes, key: bytes) -> None:
-    """Add the keyslot: the existing passphrase on stdin, the new key through a pipe of its own."""
-    reader, writer = os.pipe()
-    try:
-        feeder = threading.Thread(target=_feed, args=(writer, key), daemon=True)
-        feeder.start()
-        arguments = (
-            *("luksAddKey", "--batch-mode", *_FAST_KEYSLOT, "--key-file", "-"),
-            *("--new-keyfile-size", str(UNLOCK_KEY_SIZE), "--", str(device), f"/dev/fd/{reader}"),
-        )
-        done = _run(arguments, device, stdin=passphrase, pass_fds=(reader,))
-    finally:
-        os.close(reader)
-    if done.returncode:
-        raise DiskError(
-            f"cryptsetup could not add a keyslot to {device}.",
-            code="volume.keyslot",
-            expected="a passphrase that opens the volume, and a free keyslot",
-            found=f"{_MEANINGS.get(done.returncode, 'an error')}: {_words(done.stderr)}",
-            todo="Nothing was changed; try again with a passphrase that opens the volume.",
-        )
-
-
-def _feed(writer: int, key: bytes) -> None:
-    """Write the key and close; 32 bytes always fit a pipe, so this never blocks."""
-    with os.fdopen(writer, "wb") as pipe:
-        pipe.write(key)
-
-
-def _opens(device: Path, key: bytes) -> bool:
-    """Ask cryptsetup whether a keyslot opens with this key, without mapping anything."""
-    arguments = ("open", "--test-passphrase", "--type", "luks2", "--key-file", "-", "--", str(device))
-    return _run(arguments, device, stdin=key).returncode == 0
-
-
-def _run(
-    arguments: tuple[str, ...], device: Path, *, stdin: bytes = b"", pass_fds: tuple[int, ...] = ()
-) -> subprocess.CompletedProcess[bytes]:
-    program = shutil.which("cryptsetup", path=SEARCH)
-    if program is None:
-        raise OperatorError(
-            "cryptsetup is missing.",
-            code="volume.cryptsetup",
-            expected=f"the program cryptsetup in {SEARCH}",
-            found="none",
-            todo="Install it (Debian: cryptsetup-bin).",
-        )
-    try:
-        return subprocess.run(
-            [program, *arguments],
-            input=stdin,
-            capture_output=True,
-            check=False,
-            timeout=CRYPTSETUP_S,
-            env={"PATH": SEARCH, "LC_ALL": "C"},
-            pass_fds=pass_fds,
-        )
-    except subprocess.TimeoutExpired:
-        raise DiskError(
-            f"cryptsetup did not end in time with {device}.",
-            code="volume.timeout",
-            expected=f"an end within {CRYPTSETUP_S} s",
-            found="none",
-        ) from None
-
-
-def _words(stderr: bytes) -> str:
-    """Give cryptsetup's own words, in one bounded line."""
-    return " ".join(stderr.decode(errors="replace").split())[:300] or "no words"
+        vms.remove_volume(txn, row.vm_id, row.uuid, row.version)

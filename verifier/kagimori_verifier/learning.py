@@ -99,6 +99,8 @@ def boot_state(  # noqa: PLR0913 - the parts of a boot state
     governed = set(policy.governed_pcrs)
     may = governed if owner_kind == "vm" else governed - owned
     wanted = set(chosen) if chosen else may & set(map(int, pcrs))
+    if strangers := wanted - governed:
+        raise _wrong(f"PCRs that the policy governs: {_numbers(governed)}", _numbers(strangers))
     if owner_kind == "profile" and wanted & owned:
         raise OperatorError(
             "These PCRs cover an initramfs or a command line, so their values belong to one VM.",
@@ -116,7 +118,10 @@ def boot_state(  # noqa: PLR0913 - the parts of a boot state
 
 
 def proposal(txn: Txn, session: str, label: str, at_s: int) -> Proposal:
-    """Propose to make what a confirmed session showed the reference of its VM and profile. Raises OperatorError."""
+    """Propose to make what a confirmed session showed the reference of its VM and profile; nothing that is known.
+
+    Raises OperatorError for a session without a Confirm, and for a VM that has another profile since.
+    """
     seen = observations.get(txn, session)
     if seen is None or not seen.confirmed:
         raise OperatorError(
@@ -127,6 +132,15 @@ def proposal(txn: Txn, session: str, label: str, at_s: int) -> Proposal:
             todo="Let the VM run `kagimori-agent dry-run`, and accept the session that it names.",
         )
     policy = policy_of(txn, "vm", seen.vm_id)
+    vm = vms.get(txn, seen.vm_id)
+    if vm is None or vm.profile != seen.profile:
+        raise OperatorError(
+            "The VM has another profile since.",
+            code="accept.profile",
+            expected=f"{seen.vm_id} in profile {seen.profile}",
+            found="none" if vm is None else vm.profile,
+            todo="Let the VM run `kagimori-agent dry-run`, and accept the session that it names.",
+        )
     owned = VM_OWNED_PCRS[policy.boot_way] | {PARTITION_PCR}
     shared = set(policy.governed_pcrs) - owned
     source = f"session {session}"
@@ -142,11 +156,18 @@ def proposal(txn: Txn, session: str, label: str, at_s: int) -> Proposal:
             at_s,
         )
     ]
-    profile = boot_state(policy, "profile", seen.profile, label, seen.pcrs, sorted(shared), source, at_s)
-    known = references.boot_states(txn, "profile", seen.profile)
-    if not any(_values(row) == _values(profile) for row in known):
-        states.append(profile)
-    return Proposal(seen.vm_id, tuple((row, _changes(txn, row)) for row in states))
+    if shared:
+        states.append(
+            boot_state(policy, "profile", seen.profile, label, seen.pcrs, sorted(shared), source, at_s)
+        )
+    new = [row for row in states if not _is_known(txn, row)]
+    return Proposal(seen.vm_id, tuple((row, _changes(txn, row)) for row in new))
+
+
+def _is_known(txn: Txn, row: BootStateRow) -> bool:
+    """Tell whether the owner has a state with exactly these values: another would only be in the way."""
+    known = references.boot_states(txn, row.owner_kind, row.owner)
+    return any(_values(one) == _values(row) for one in known)
 
 
 def _changes(txn: Txn, row: BootStateRow) -> tuple[str, ...]:

@@ -1,25 +1,41 @@
-"""Logs as JSON lines on stderr. Nothing secret is ever handed to a logger."""
+"""Logs as JSON lines on stderr. Nothing secret is ever handed to a logger, and bytes are not printed even then."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Final
 
 import structlog
 
+_SHARED: Final = (
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.format_exc_info,
+)
+
 
 def to_stderr() -> None:
-    """Send structured logs, and the libraries' warnings, to stderr."""
+    """Send our logs, and the libraries' warnings, to stderr, one JSON object a line."""
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
-        ],
+        processors=[*_SHARED, structlog.processors.JSONRenderer(default=_unprinted)],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format='{"event": "library", "text": "%(message)s"}'
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(default=_unprinted),
+            ],
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *_SHARED],
+        )
     )
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+def _unprinted(value: object) -> str:
+    """Stand in for a value that JSON cannot hold: bytes may be a key, and an object may hold one."""
+    return f"<{type(value).__name__}>"

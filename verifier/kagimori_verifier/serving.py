@@ -6,18 +6,44 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Final
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from kagimori_protocol.errors import OperatorError
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from kagimori_verifier.app import Verifier
 
 KEEP_ALIVE_S: Final = 5
+HEAD_S: Final = 10
+"""Seconds in which a connection must have sent the head of a request; uvicorn itself would wait for ever."""
 GRACE_S: Final = 10
 BACKLOG: Final = 256
+MAX_HEAD: Final = 16 << 10
+"""Largest head of a request, in bytes."""
+CONNECTIONS: Final = 512
+"""Connections at once; beyond that, 503. Fewer than the files that a process may usually have open."""
+
+
+class ImpatientProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose request does not begin, or whose head does not end, in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        """Begin to watch."""
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_S, self._look, self.cycle)
+
+    def _look(self, before: object) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is before and self.conn.their_state is h11.IDLE:
+            self.transport.close()
+        else:
+            self.loop.call_later(HEAD_S, self._look, self.cycle)
 
 
 def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
@@ -30,6 +56,7 @@ def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
     tls = settings.tls
     config = uvicorn.Config(
         verifier.application(),
+        http=ImpatientProtocol,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -38,6 +65,9 @@ def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
+        limit_concurrency=CONNECTIONS,
+        backlog=BACKLOG,
+        h11_max_incomplete_event_size=MAX_HEAD,
         ssl_certfile=None if tls is None else settings.path(tls.certificate),
         ssl_keyfile=None if tls is None else str(settings.path(tls.key)),
     )
@@ -50,16 +80,17 @@ def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
             expected="PEM files named by [tls] in verifier.toml",
             found=str(error.strerror or error),
         ) from error
+    server = uvicorn.Server(config)
+
+    def end(_number: int, _frame: object) -> None:
+        server.should_exit = True
+
+    # Before uvicorn's own handlers are there, and after: it raises signals again for whoever had them before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     host, port = bound.getsockname()[:2]
     listening(f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}")
-    # uvicorn ends cleanly on these signals, then raises them again for whoever had them before: nobody minds here.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _ended)
-    uvicorn.Server(config).run(sockets=[bound])
-
-
-def _ended(_number: int, _frame: object) -> None:
-    """The server has ended already."""
+    server.run(sockets=[bound])
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import KagimoriError
-from kagimori_verifier.cli import policies, records, setup, trust, vms
-from kagimori_verifier.cli.output import EXIT_CODES, NAME, Output, group
+from kagimori_verifier.cli import profiles, records, references, setup, trust, vms, volumes
+from kagimori_verifier.cli.output import CONFIG_HELP, EXIT_CODES, JSON_HELP, NAME, Output, Parser, group
 from kagimori_verifier.settings import DEFAULT_PATH
 
 if TYPE_CHECKING:
@@ -21,11 +22,18 @@ INTERRUPTED: Final = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    output = Output(as_json=options.json)
-    options.config = options.config or Path(os.environ.get(CONFIG_VARIABLE, DEFAULT_PATH))
+    """Run one verb; returns the exit code. ``--help`` ends the process, as argparse has it."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a label may have letters that the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # Until the words are understood, what they say about the form is only their own word.
+    output = Output(as_json="--json" in words)
     try:
+        options = parser().parse_args(words)
+        output = Output(as_json=options.json)
+        options.config = options.config or Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
         code: int = options.run(options, output)
         sys.stdout.flush()
     except KagimoriError as error:
@@ -40,21 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of all verbs."""
+    made = Parser(
         prog=NAME,
         description="Judge the evidence of your confidential VMs and release their disks' keys under your policy.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  {NAME} init --dir /etc/kagimori\n\n{EXIT_CODES}",
     )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help=f"verifier.toml (default: ${CONFIG_VARIABLE}, or {DEFAULT_PATH})",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
-    verbs = group(parser)
-    for module in (setup, vms, policies, trust, records):
+    made.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
+    made.add_argument("--json", action="store_true", help=JSON_HELP)
+    verbs = group(made)
+    for module in (setup, vms, volumes, profiles, references, trust, records):
         module.register(verbs)
-    return parser
+    return made

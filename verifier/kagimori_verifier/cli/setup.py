@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 from base64 import b64encode
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol import signature
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier import settings
-from kagimori_verifier.cli.output import Output, add_verb, group, now_s, reading
+from kagimori_verifier.cli import arguments
+from kagimori_verifier.cli.access import now_s, reading
+from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.keystore.kek import FileKek
 from kagimori_verifier.store import identities
 
 if TYPE_CHECKING:
-    from kagimori_verifier.cli.output import Verbs
+    from collections.abc import Callable, Iterator
 
-DEFAULT_LISTEN = "127.0.0.1:8117"
+    from kagimori_verifier.cli.output import Verbs
+    from kagimori_verifier.identity import Keys
+
+DEFAULT_LISTEN: Final = "127.0.0.1:8117"
+CONFIG: Final = "verifier.toml"
+DRAFT: Final = "verifier.toml.new"
+MADE: Final = (CONFIG, DRAFT, "kek", "verifier.db", "verifier.db-wal", "verifier.db-shm")
+"""Files that init makes, or that would show that a verifier is, or was being, made here."""
 
 
 def register(verbs: Verbs) -> None:
@@ -41,41 +51,83 @@ def register(verbs: Verbs) -> None:
     parser.add_argument(
         "--listen",
         default=DEFAULT_LISTEN,
+        type=arguments.listen,
         metavar="HOST:PORT",
-        help="address to serve at (default: %(default)s)",
+        help="address to serve at; port 0 lets the system choose (default: %(default)s)",
     )
     parser.add_argument(
-        "--public-url", metavar="URL", help="what agents are told to ask (default: http://LISTEN)"
+        "--public-url",
+        type=arguments.url,
+        metavar="URL",
+        help="what agents are told to ask (default: http://LISTEN)",
     )
     add_verb(
-        verbs, "serve", _serve, "Answer guests until SIGTERM.", "--config /etc/kagimori/verifier.toml serve"
+        verbs,
+        "serve",
+        _serve,
+        "Answer guests until SIGTERM, logging JSON lines on stderr. With --json, the first line on stdout is the URL.",
+        "--config /etc/kagimori/verifier.toml serve",
     )
-    identity = group(add_verb(verbs, "identity", None, "The key that signs this verifier's answers."))
+    identity = group(
+        add_verb(verbs, "identity", None, "Show the keys that sign this verifier's answers.", "identity show")
+    )
     add_verb(identity, "show", _identity_show, "Print the public keys that agents pin.", "identity show")
 
 
 def _init(options: argparse.Namespace, output: Output) -> int:
+    directory: Path = options.dir
+    text = settings.default_text(options.public_url or f"http://{options.listen}", options.listen)
+    keys = _made(directory, text)
+    public, config = b64encode(keys.current).decode(), directory / CONFIG
+    output.result(
+        {"config": str(config), "public_key": public, "key_id": signature.key_id(keys.current)},
+        f"made {config}",
+        f"made {directory / 'kek'}: it wraps every secret. Back it up, apart from the database.",
+        f"public key {public}",
+        "next: endorsements import, profile add, reference measurement add, vm add, volume add, serve",
+        f"each with --config {config}",
+    )
+    return 0
+
+
+def _made(directory: Path, text: str) -> Keys:
+    """Make all of a verifier or nothing; its settings come last, so that what has them is whole."""
     from kagimori_verifier import app  # noqa: PLC0415 - the web stack, which small verbs do without
 
-    directory: Path = options.dir
-    path = directory / "verifier.toml"
-    if path.exists():
-        raise OperatorError(
-            f"There is a verifier in {directory} already.",
-            code="init.exists",
-            expected="a directory without verifier.toml",
-            found=str(path),
-            todo="Choose another directory; nothing was touched.",
-        )
-    text = settings.default_text(options.public_url or f"http://{options.listen}", options.listen)
-    try:
-        (directory / "endorsements").mkdir(parents=True, exist_ok=True)
-        draft = directory / "verifier.toml.new"
-        draft.write_text(text, encoding="utf-8")
+    with _writable(directory), contextlib.ExitStack() as undo:
+        if not directory.is_dir():
+            directory.mkdir(parents=True, mode=0o700)
+            undo.callback(_quietly, directory.rmdir)
+        if there := [name for name in MADE if os.path.lexists(directory / name)]:
+            raise OperatorError(
+                f"There is a verifier in {directory} already.",
+                code="init.exists",
+                expected=f"a directory without {', '.join(MADE[:1] + MADE[2:4])}",
+                found=", ".join(there),
+                todo="Choose another directory; nothing was touched.",
+            )
+        endorsements, draft = directory / "endorsements", directory / DRAFT
+        if not endorsements.is_dir():
+            endorsements.mkdir()
+            undo.callback(_quietly, endorsements.rmdir)
+        for name in MADE[1:]:
+            undo.callback(_quietly, (directory / name).unlink)
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         loaded = settings.load(draft)
         kek = FileKek(loaded.path(loaded.kek.path)).create()
         keys = app.create(loaded, kek, now_s())
-        draft.rename(path)
+        draft.rename(directory / CONFIG)
+        undo.pop_all()
+    return keys
+
+
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OperatorError(
             f"{directory} cannot be used.",
@@ -83,15 +135,12 @@ def _init(options: argparse.Namespace, output: Output) -> int:
             expected="a directory that can be written",
             found=str(error.strerror),
         ) from error
-    public = b64encode(keys.current).decode()
-    output.result(
-        {"config": str(path), "public_key": public, "key_id": signature.key_id(keys.current)},
-        f"made {path}",
-        f"made {directory / 'kek'}: it wraps every secret. Back it up, apart from the database.",
-        f"public key {public}",
-        "next: endorsements import, profile add, reference measurement add, vm add, volume add, serve",
-    )
-    return 0
+
+
+def _quietly(remove: Callable[[], None]) -> None:
+    """Take back what may not have been made yet."""
+    with contextlib.suppress(OSError):
+        remove()
 
 
 def _identity_show(options: argparse.Namespace, output: Output) -> int:
@@ -113,15 +162,15 @@ def _serve(options: argparse.Namespace, output: Output) -> int:
 
     logs.to_stderr()
     verifier = app.open_verifier(settings.load(options.config))
-
-    def listening(url: str) -> None:
-        if output.as_json:
-            print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
-        else:
-            output.note(f"listening on {url}")
-
     try:
-        serving.serve(verifier, listening)
+        serving.serve(verifier, lambda url: _listening(output, url))
     finally:
         verifier.close()
     return 0
+
+
+def _listening(output: Output, url: str) -> None:
+    if output.as_json:
+        print(json.dumps({"url": url, "pid": os.getpid()}), flush=True)
+    else:
+        output.note(f"listening on {url}")

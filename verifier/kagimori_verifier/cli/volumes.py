@@ -1,0 +1,189 @@
+"""``volume``: LUKS2 volumes whose unlock keys are kept here."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from kagimori_protocol.errors import OperatorError, UsageError
+from kagimori_verifier import enrolment, identity, ledger, luks_enrol
+from kagimori_verifier.cli import arguments
+from kagimori_verifier.cli.access import now_s, opened, read_file, reading, unknown, writing
+from kagimori_verifier.cli.output import Output, add_verb, group
+from kagimori_verifier.cli.vms import known, shown_volume
+from kagimori_verifier.store import vms
+from kagimori_verifier.wrapping import BoxBroken
+
+if TYPE_CHECKING:
+    from kagimori_verifier.cli.output import Verbs
+    from kagimori_verifier.settings import Settings
+    from kagimori_verifier.store import Store
+
+MAX_PASSPHRASE: Final = 8 << 20
+"""Bytes that cryptsetup reads of a key file, too."""
+
+
+def register(verbs: Verbs) -> None:
+    """Declare the verbs."""
+    volume = group(
+        add_verb(
+            verbs, "volume", None, "Manage LUKS2 volumes whose unlock keys are kept here.", "volume list"
+        )
+    )
+    add = add_verb(
+        volume,
+        "add",
+        _add,
+        "Give a LUKS2 volume a keyslot of its own, for an unlock key that is made and kept here. The key is 32 random\n"
+        "bytes, so the keyslot needs no slow derivation (pbkdf2, 1000 iterations) and is tried first: that saves a\n"
+        "second and a gigabyte at each boot. Interrupted, the same command completes it.",
+        "volume add --vm web1 --device disk.img --name cryptroot",
+    )
+    add.add_argument("--vm", required=True, type=arguments.vm, metavar="NAME")
+    add.add_argument(
+        "--device", required=True, type=Path, metavar="PATH", help="the device or image, on this machine"
+    )
+    add.add_argument(
+        "--name",
+        default="cryptroot",
+        type=arguments.name,
+        metavar="NAME",
+        help="mapping name in the VM (default: %(default)s)",
+    )
+    secret = add.add_mutually_exclusive_group()
+    secret.add_argument(
+        "--passphrase-fd",
+        type=arguments.descriptor,
+        metavar="N",
+        help="read an existing passphrase from this descriptor, up to a newline",
+    )
+    secret.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="take an existing key file, all of its bytes"
+    )
+    add_verb(volume, "list", _list, "List the volumes.", "volume list")
+    remove = add_verb(
+        volume,
+        "remove",
+        _remove,
+        "Forget a volume's unlock key; its keyslot stays in the header.",
+        "volume remove --vm web1 0b5a0e3c-...",
+    )
+    remove.add_argument("--vm", required=True, type=arguments.vm, metavar="NAME")
+    remove.add_argument("uuid", type=arguments.name, metavar="UUID")
+
+
+def _add(options: argparse.Namespace, output: Output) -> int:
+    with opened(options) as (settings, store):
+        with store.read() as txn:
+            known(txn, options.vm)
+        kek = _kek(settings, store)
+        luks_enrol.luks2_uuid(options.device)  # before anybody is asked for a passphrase
+        volume = enrolment.add_volume(
+            store,
+            kek,
+            vm_id=options.vm,
+            device=options.device,
+            label=options.name,
+            passphrase=_passphrase(options),
+            at_s=now_s(),
+        )
+    output.result(
+        shown_volume(volume),
+        f"volume {volume.uuid} of {options.vm}: keyslot added, and proved to open",
+        f"next: kagimori-verifier vm config {options.vm}",
+    )
+    return 0
+
+
+def _list(options: argparse.Namespace, output: Output) -> int:
+    with reading(options) as txn:
+        rows = [
+            shown_volume(volume) for vm in vms.all(txn) for volume in vms.volumes(txn, vm.vm_id, state=None)
+        ]
+    output.rows(rows, "vm_id", "uuid", "label", "state", "version", none="no volumes")
+    if unfinished := [row["uuid"] for row in rows if row["state"] == "adding"]:
+        output.note(f"interrupted, and completed by the same `volume add` again: {', '.join(unfinished)}")
+    return 0
+
+
+def _remove(options: argparse.Namespace, output: Output) -> int:
+    uuid = options.uuid.lower()
+    with writing(options) as txn:
+        known(txn, options.vm)
+        found = [one for one in vms.volumes(txn, options.vm, state=None) if one.uuid == uuid]
+        if not found:
+            raise unknown("volume", uuid, "`kagimori-verifier volume list` shows the volumes.")
+        for one in found:
+            vms.remove_volume(txn, options.vm, uuid, one.version)
+        body = {"uuid": uuid}
+        ledger.append(txn, at_s=now_s(), event="volume-removed", vm_id=options.vm, session=None, body=body)
+    output.result({"removed": uuid}, f"forgot the unlock key of {uuid}; its keyslot is still in the header")
+    return 0
+
+
+def _kek(settings: Settings, store: Store) -> bytes:
+    """Read the KEK, and make sure that it is this database's: a key wrapped by another could never be released."""
+    kek = settings.kek_provider().read()
+    try:
+        with store.read() as txn:
+            identity.load(txn, kek)
+    except BoxBroken as error:
+        raise OperatorError(
+            "This database was made under another key-encryption key.",
+            code="kek.other",
+            expected="the KEK that `init` made with this database",
+            found="another one",
+            todo="Restore the KEK that belongs to this database from your backup.",
+        ) from error
+    return kek
+
+
+def _passphrase(options: argparse.Namespace) -> bytes:
+    """Take an existing passphrase from where the operator says; on a terminal, ask."""
+    if options.key_file is not None:
+        passphrase = read_file(options.key_file, MAX_PASSPHRASE)
+    elif options.passphrase_fd is not None:
+        passphrase = _first_line(options.passphrase_fd)
+    elif sys.stdin.isatty():
+        passphrase = getpass.getpass(f"Existing passphrase of {options.device}: ").encode()
+    else:
+        raise UsageError(
+            "A passphrase that opens the volume is needed.",
+            code="volume.passphrase",
+            expected="--passphrase-fd, --key-file, or a terminal to ask on",
+            found="none of them",
+        )
+    if not passphrase:
+        raise UsageError(
+            "A passphrase that opens the volume is needed.",
+            code="volume.passphrase",
+            expected="one or more bytes",
+            found="none",
+        )
+    return passphrase
+
+
+def _first_line(descriptor: int) -> bytes:
+    """Read a passphrase as people type it: without the newline after it."""
+    try:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            line = file.readline(MAX_PASSPHRASE + 1)
+    except OSError as error:
+        raise UsageError(
+            "The passphrase cannot be read.",
+            code="volume.passphrase",
+            expected="a descriptor that is open for reading",
+            found=str(error.strerror),
+        ) from error
+    if len(line) > MAX_PASSPHRASE:
+        raise UsageError(
+            "The passphrase is too long.",
+            code="volume.passphrase",
+            expected=f"at most {MAX_PASSPHRASE} bytes",
+            found="more",
+        )
+    return line.removesuffix(b"\n")
