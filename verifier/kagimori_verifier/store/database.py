@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -59,6 +60,7 @@ class Store:
     def __init__(self, url: str) -> None:
         """Prepare an engine; nothing is opened yet. Raises OperatorError for a URL that names no database."""
         self._file: tuple[int, int] | None = None
+        self._writing = threading.Lock()
         try:
             parsed = make_url(url)
             self._path = Path(parsed.database or "") if parsed.get_backend_name() == sqlite.NAME else None
@@ -116,9 +118,13 @@ class Store:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Txn]:
-        """Write in one transaction: all of it is kept and synchronised at the end, or none."""
-        with self._begun(sqlite.BEGIN_WRITE) as connection:
+        """Write in one transaction: all of it is kept and synchronised at the end, or none.
+
+        A thread that writes must not begin another write before it has ended this one.
+        """
+        with self._only_writer(), self._begun(sqlite.BEGIN_WRITE) as connection:
             yield Txn(connection)
+            self._require_same_file()
 
     def ping(self) -> None:
         """Raise StoreUnavailable if the database cannot be read."""
@@ -128,6 +134,17 @@ class Store:
     def close(self) -> None:
         """Close every connection."""
         self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        """Queue this program's threads: a database only lets one write, and SQLite's own waiting is asleep when a turn comes."""
+        if not self._writing.acquire(timeout=sqlite.BUSY_S):
+            code, todo = sqlite.LOCKED
+            raise _unavailable(code, f"other threads have written for {sqlite.BUSY_S} s", todo)
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     @contextlib.contextmanager
     def _begun(self, statement: str) -> Iterator[Connection]:

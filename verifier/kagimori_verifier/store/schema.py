@@ -117,23 +117,25 @@ redemption: Final = Table(
     Column("report_id", LargeBinary, nullable=False),
     Column("binding", LargeBinary, nullable=False),
     Column("created", BigInteger, nullable=False),
-    Column("expires", BigInteger, nullable=False, index=True),
+    Column("expires", BigInteger, nullable=False),
     Column("answer", LargeBinary),
     Column("confirm_key", LargeBinary),
     Column("outcome", Text),
 )
+_answered: Final = redemption.c.answer.is_not(None)
+Index("redemption_answered", redemption.c.expires, sqlite_where=_answered, postgresql_where=_answered)
+"""Answers are dropped when they expire, so this index stays small while the table grows."""
 
 
 def _boot_key(name: str) -> Table:
-    """Make a table of boots: who signed, CHIP_ID, REPORT_ID, and the session that was first."""
+    """Make a table of boots by REPORT_ID, with the session that was first, and who signed for which CHIP_ID then."""
     return Table(
         name,
         metadata,
         Column("signer", Text, nullable=False),
         Column("chip_id", LargeBinary, nullable=False),
-        Column("report_id", LargeBinary, nullable=False),
+        Column("report_id", LargeBinary, primary_key=True),
         Column("session_sha256", LargeBinary, nullable=False),
-        PrimaryKeyConstraint("signer", "chip_id", "report_id"),
     )
 
 

@@ -22,13 +22,13 @@ BEGIN_WRITE: Final = "BEGIN IMMEDIATE"
 Problem = tuple[str, str]
 """An error code of this project, and what to do about it."""
 
-_LOCKED: Final = ("store.locked", "Another program holds the database; stop it, or try again.")
+LOCKED: Final = ("store.locked", "Another program holds the database; stop it, or try again.")
 _FULL: Final = ("store.full", "Make room on the disk that holds the database.")
 _READ_ONLY: Final = ("store.read-only", "Let the verifier's user write the database and its directory.")
 _GONE: Final = ("store.gone", "Is the database where verifier.toml says, and its directory writable?")
 _PROBLEMS: Final[dict[int, Problem]] = {
-    sqlite3.SQLITE_BUSY: _LOCKED,
-    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_BUSY: LOCKED,
+    sqlite3.SQLITE_LOCKED: LOCKED,
     sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_READONLY: _READ_ONLY,
     sqlite3.SQLITE_PERM: _READ_ONLY,

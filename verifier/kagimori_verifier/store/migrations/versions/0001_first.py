@@ -27,7 +27,7 @@ def upgrade() -> None:
         sa.Column("chip_id", sa.LargeBinary(), nullable=False),
         sa.Column("report_id", sa.LargeBinary(), nullable=False),
         sa.Column("session_sha256", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("signer", "chip_id", "report_id"),
+        sa.PrimaryKeyConstraint("report_id"),
     )
     op.create_table(
         "identity",
@@ -70,7 +70,7 @@ def upgrade() -> None:
         sa.Column("chip_id", sa.LargeBinary(), nullable=False),
         sa.Column("report_id", sa.LargeBinary(), nullable=False),
         sa.Column("session_sha256", sa.LargeBinary(), nullable=False),
-        sa.PrimaryKeyConstraint("signer", "chip_id", "report_id"),
+        sa.PrimaryKeyConstraint("report_id"),
     )
     op.create_table(
         "profile",
@@ -99,7 +99,15 @@ def upgrade() -> None:
         sa.Column("outcome", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("session_sha256"),
     )
-    op.create_index(op.f("ix_redemption_expires"), "redemption", ["expires"], unique=False)
+    answered = sa.text("answer IS NOT NULL")
+    op.create_index(
+        "redemption_answered",
+        "redemption",
+        ["expires"],
+        unique=False,
+        sqlite_where=answered,
+        postgresql_where=answered,
+    )
     op.create_index(op.f("ix_redemption_session"), "redemption", ["session"], unique=False)
     op.create_table(
         "refusal",
