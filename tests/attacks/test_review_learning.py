@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.attacks.attacker import UNLOCK_KEY, UUID
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_simulator import faults
@@ -14,7 +15,6 @@ from kagimori_simulator.machine import SnpMachine
 from kagimori_verifier import learning
 from kagimori_verifier.release import Release
 from kagimori_verifier.store import StoreUnavailable, references
-from tests.attacks.attacker import UNLOCK_KEY, UUID
 
 if TYPE_CHECKING:
     from tests.attacks.attacker import Attacker, Prey, Told
@@ -61,7 +61,7 @@ def test_what_a_new_kernel_measures_can_still_be_learned(prey: Prey) -> None:
         for state in references.boot_states(txn, "vm", "web1"):
             references.remove_boot_state(txn, state.id)
     _, told = _asked(prey, "dry-run")
-    assert [row.owner_kind for row, _ in _learn(prey, told).states][0] == "vm"
+    assert {row.owner_kind for row, _ in _learn(prey, told).states} >= {"vm"}
 
 
 def _not_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

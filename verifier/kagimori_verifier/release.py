@@ -36,6 +36,8 @@ DENIED: Final = "denied"
 """What a redemption may have decided: keys are released, or a verdict tells that they would or would not be."""
 
 _EVENTS: Final = {KEYS: "released", ALLOWED: "judged", DENIED: "refused"}
+_ABOUT_BOOT: Final = ("pcr.", "cap.", "boot.")
+"""Checks about what was booted, and what this boot has had already; all others are about who says so."""
 _FINAL: Final[frozenset[Outcome]] = frozenset({"opened", "failed"})
 
 
@@ -66,6 +68,8 @@ class Release:
                 decision = judgement.decision
         if settled.answer is not None:
             return settled.answer
+        if settled.decision != DENIED and isinstance(decision, Deny):
+            raise _judged_otherwise(decision)
         return self._make_answer(judgement, settled, decision)
 
     def confirm(self, confirm: Confirm, now_s: int) -> None:
@@ -219,7 +223,7 @@ def _redeem(
     )
     redemptions.purge_answers(txn, now_s)
     redemptions.insert(txn, redemption)
-    if judgement.claims.vtpm is not None:
+    if judgement.claims.vtpm is not None and _is_worth_learning(decision):
         observations.add(txn, observed(judgement, session, now_s))
     ledger.append(
         txn,
@@ -246,6 +250,16 @@ def _redeem(
     return redemption
 
 
+def _is_worth_learning(decision: Allow | Deny) -> bool:
+    """Tell whether PCR values may become reference values: nothing else speaks against this evidence than what it booted.
+
+    Behind a chip, firmware or guest policy that the owner refuses, even a proven TPM proves nothing: a host reads and
+    writes the memory of a guest with DEBUG, its SVSM's too.
+    """
+    failed = [check.id for check in decision.checks if not check.ok]
+    return all(check.startswith(_ABOUT_BOOT) for check in failed)
+
+
 def _require_same_evidence(settled: Redemption, judgement: Judgement) -> None:
     if settled.evidence_sha256 != judgement.evidence_sha256:
         raise NotAuthentic(
@@ -254,6 +268,17 @@ def _require_same_evidence(settled: Redemption, judgement: Judgement) -> None:
             expected=f"evidence {settled.evidence_sha256.hex()}, which used it",
             found=judgement.evidence_sha256.hex(),
         )
+
+
+def _judged_otherwise(decision: Deny) -> NotAuthentic:
+    """An answer that was never given is not made up for under a policy that has changed since."""
+    failed = [check for check in decision.checks if not check.ok]
+    return NotAuthentic(
+        "What was allowed when a session was used is refused by now, and its answer was not made then.",
+        code="session.unused",
+        expected="; ".join(f"{check.id}: {check.expected}" for check in failed),
+        found="; ".join(f"{check.id}: {check.found}" for check in failed),
+    )
 
 
 def _unconfirmed(code: str, expected: str, found: str) -> NotAuthentic:
