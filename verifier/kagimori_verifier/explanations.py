@@ -197,6 +197,12 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
     "eventlog.bank": Explanation(
         8, "The log has digests of the SHA-256 bank.", "See `kagimori-agent doctor` in the VM."
     ),
+    "eventlog.userspace": Explanation(
+        8,
+        "What the guest extends after its firmware is what a TPM would take.",
+        "A newer release of Kagimori may know more.",
+    ),
+    "certificate.chain": Explanation(3, "Each certificate is signed by the next one's key.", _IMPORT),
     "boot.ungranted": Explanation(10, "Without a TPM, a boot gets its keys once.", "Reboot the VM."),
 }
 
