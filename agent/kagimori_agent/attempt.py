@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kagimori_protocol.messages import Challenge, Outcome, Payload, Purpose
 
 OWN_ENTROPY_BYTES: Final = 64
+SENDINGS: Final = 4
+"""How often one evidence is sent: a lost reply costs no new one, and a verifier that is gone not the whole budget."""
 _STALE: Final = frozenset({"stale-session", "used-session"})
 """Denials that a new challenge cures."""
 
@@ -189,38 +191,60 @@ def _challenges(
 def _answer(
     challenged: list[_Challenged], evidence: bytes, limits: Limits, budget: Budget, say: Callable[[str], None]
 ) -> tuple[_Challenged, messages.Sealed]:
-    """Ask the verifiers in turn until one gives an answer that is sealed to us; wait where a person has to approve."""
+    """Ask the verifiers in turn until one gives an answer that is sealed to us.
+
+    Who was away is sent the same evidence again: if only its reply was lost, it gives the same answer, whereas other
+    evidence costs another report, and without a TPM finds the one answer of this boot given away.
+    """
     errors: list[KagimoriError] = []
-    for one in challenged:
-        until = time.monotonic() + one.challenge.expires_in
-        while True:
+    backoff = Backoff(limits.backoff_min_s, limits.backoff_max_s)
+    waiting = challenged
+    for left in reversed(range(SENDINGS)):
+        away: list[_Challenged] = []
+        for one in waiting:
             try:
-                reply = exchange.post(
-                    one.endpoint,
-                    messages.PATH_RELEASE,
-                    evidence,
-                    attempt_s=limits.attempt_s,
-                    connect_s=limits.connect_s,
-                    budget=budget,
-                )
-                message = messages.decode_answer(reply.body)
-            except (NetworkError, PeerError) as error:
+                return one, _ask(one, evidence, limits, budget, say)
+            except KagimoriError as error:
+                if error.code == "budget.spent":
+                    raise
                 errors.append(error)
-                break
-            if isinstance(message, messages.Sealed):
-                return one, message
-            if not isinstance(message, messages.Pending):
-                errors.append(_no(one.endpoint, message))
-                break
-            if time.monotonic() + message.retry_after > until:
-                errors.append(_StaleError(f"{one.endpoint.name}: nobody has approved yet."))
-                break
-            say(
-                f"{one.endpoint.name}: waits for a person ({message.approval}), next look in {message.retry_after} s"
-            )
-            time.sleep(min(message.retry_after, budget.remaining_s()))
-            budget.require()
+                if isinstance(error, NetworkError) and not isinstance(error, _StaleError):
+                    away.append(one)
+        wait_s = backoff.next_s()
+        if not away or not left or wait_s >= budget.remaining_s():
+            break
+        say(f"no answer, sending the same evidence again in {wait_s:.1f} s")
+        time.sleep(wait_s)
+        waiting = away
     raise _worst(errors)
+
+
+def _ask(
+    one: _Challenged, evidence: bytes, limits: Limits, budget: Budget, say: Callable[[str], None]
+) -> messages.Sealed:
+    """Ask one verifier; wait where a person has to approve. Raises NetworkError for away, anything else for no."""
+    until = time.monotonic() + one.challenge.expires_in
+    while True:
+        reply = exchange.post(
+            one.endpoint,
+            messages.PATH_RELEASE,
+            evidence,
+            attempt_s=limits.attempt_s,
+            connect_s=limits.connect_s,
+            budget=budget,
+        )
+        message = messages.decode_answer(reply.body)
+        if isinstance(message, messages.Sealed):
+            return message
+        if not isinstance(message, messages.Pending):
+            raise _no(one.endpoint, message)
+        if time.monotonic() + message.retry_after > until:
+            raise _StaleError(f"{one.endpoint.name}: nobody has approved yet.")
+        say(
+            f"{one.endpoint.name}: waits for a person ({message.approval}), next look in {message.retry_after} s"
+        )
+        time.sleep(min(message.retry_after, budget.remaining_s()))
+        budget.require()
 
 
 def _open(key: sealing.ResponseKey, attester: Attester, sealed: messages.Sealed, binding: bytes) -> Payload:
