@@ -257,7 +257,8 @@ class SoftwareAk:
     ) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         numbers = self.key.public_key().public_numbers()
-        public = TPMT_PUBLIC.parse(template, objectAttributes=attributes)
+        public = TPMT_PUBLIC.parse(template, objectAttributes=int(tpm.AK_REQUIRED))
+        public.objectAttributes = attributes
         public.unique.ecc = TPMS_ECC_POINT(x=numbers.x.to_bytes(32), y=numbers.y.to_bytes(32))
         self.public = bytes(public.marshal())
 

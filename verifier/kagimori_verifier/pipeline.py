@@ -140,6 +140,7 @@ class Pipeline:
         # 1 sizes, strict decoding, token authentic and unexpired, own challenge and Hello bound to it
         evidence = messages.decode(messages.Evidence, body)
         hello = messages.decode(messages.Hello, evidence.hello)
+        trail.note("message.decode", True, expected="an Evidence and a Hello in their one form", found="both")  # noqa: FBT003 - they were read
         challenge, session = self._own_challenge(trail, evidence, now_s)
         t0 = transcript.t0(evidence.hello, [(signed.key, signed.challenge) for signed in evidence.challenges])
         # 2 VM known and enabled, purpose allowed, volumes a subset of the VM's
