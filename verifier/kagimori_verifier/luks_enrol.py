@@ -41,6 +41,7 @@ class _Header(msgspec.Struct, frozen=True):
     """The part of a LUKS2 header's JSON that is looked at here."""
 
     keyslots: dict[str, msgspec.Raw]
+    tokens: dict[str, msgspec.Raw]
 
 
 def luks2_uuid(device: Path) -> str:
@@ -69,12 +70,26 @@ def luks2_uuid(device: Path) -> str:
 
 
 def keyslots(device: Path) -> frozenset[int]:
-    """List the numbers of the keyslots in use. Raises DiskError."""
+    """List the numbers of the keyslots in use. Raises DiskError, also for a header with tokens.
+
+    cryptsetup tries tokens before the key that it is given, so that a passphrase in this machine's keyring would pass for
+    the key; and agents open no volume that has any.
+    """
     text = _output(device, "luksDump", "--dump-json-metadata", "--", str(device))
     try:
-        return frozenset(map(int, msgspec.json.decode(text, type=_Header).keyslots))
+        header = msgspec.json.decode(text, type=_Header)
+        slots = frozenset(map(int, header.keyslots))
     except (msgspec.MsgspecError, ValueError) as error:
         raise _failed(device, "read", "volume.header", "the header's JSON", str(error)) from error
+    if header.tokens:
+        raise DiskError(
+            f"{device} has tokens in its header.",
+            code="volume.tokens",
+            expected="a header without tokens, or no agent opens the volume",
+            found=f"token {', '.join(ascii(name[:20]) for name in sorted(header.tokens))}",
+            todo=f"Look at `cryptsetup luksDump {device}`, then `cryptsetup token remove --token-id N {device}`.",
+        )
+    return slots
 
 
 def opens(device: Path, key: bytes) -> bool:
