@@ -74,6 +74,7 @@ def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
     try:
         config.load()
     except OSError as error:
+        bound.close()
         raise OperatorError(
             "The TLS certificate or key cannot be used.",
             code="serve.tls",
@@ -97,15 +98,19 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        bound.listen(BACKLOG)
-    except OSError as error:
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+            bound.listen(BACKLOG)
+        except OSError:
+            bound.close()
+            raise
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that is none, such as "a..b"
         raise OperatorError(
             f"{host}:{port} cannot be listened on.",
             code="serve.bind",
             expected="a free address of this machine",
-            found=str(error.strerror or error),
+            found=getattr(error, "strerror", None) or str(error),
             todo="Correct listen in verifier.toml, or stop what uses the port.",
         ) from error
     return bound
