@@ -121,9 +121,9 @@ def verify_report(trail: Trail, raw: bytes, endorsements: Endorsements, roots: T
 
 
 def _readable(certificates: Iterable[bytes]) -> list[Certificate]:
-    """Parse the candidates; one that cannot be read is no candidate, since hosts supply what they like."""
+    """Parse the candidates; one that cannot be read is no candidate, since hosts supply what they like. Each counts once."""
     readable = []
-    for raw in certificates:
+    for raw in dict.fromkeys(certificates):
         try:
             readable.append(Certificate.parse(raw))
         except Malformed:
@@ -157,7 +157,10 @@ def _fits(report: Report, candidate: Certificate) -> bool:
 def _build_chain(
     trail: Trail, signer: str, vek: Certificate, certificates: Sequence[Certificate], roots: TrustedRoots
 ) -> _Chain:
-    """Find and verify VEK -> ASK or ASVK -> trusted ARK; several certificates of one name are tried in turn."""
+    """Find and verify VEK -> ASK or ASVK -> trusted ARK; several certificates of one name are tried in turn.
+
+    Only what a root's key has signed is tried with what, so the work grows with the candidates, not with their pairs.
+    """
     arks = [
         (certificate, root)
         for certificate in certificates
@@ -172,19 +175,19 @@ def _build_chain(
         found=", ".join(f"{ark.common_name} with key {ark.spki_sha256.hex()}" for ark in offered)
         or "no ARK at all",
     )
-    reasons = []
-    for intermediate in issuers:
-        for ark, root in arks:
-            if intermediate.fields.issuer != ark.fields.subject:
+    reasons: list[str] = []
+    for ark, root in arks:
+        if not _signed(ark, ark, reasons):
+            continue
+        for intermediate in issuers:
+            if intermediate.fields.issuer != ark.fields.subject or not _signed(intermediate, ark, reasons):
                 continue
             try:
-                ark.require_signed_by(ark)
-                intermediate.require_signed_by(ark)
                 vek.require_signed_by(intermediate)
                 vek.vek_key()
                 _require_name(intermediate, _CA_NAMES[signer] + root.product)
             except KagimoriError as error:
-                reasons.append(f"{error.what} Expected {error.expected}, found {error.found}.")
+                reasons.append(_reason(error))
                 continue
             names = _names(vek, intermediate, ark)
             trail.note("endorsement.chain", True, expected=f"a chain to {root}", found=names)  # noqa: FBT003 - it held
@@ -196,6 +199,20 @@ def _build_chain(
         found="; ".join(reasons) or f"no chain over its issuer {vek.fields.issuer.rfc4514_string()}",
     )
     raise AssertionError  # unreachable: the check above always raises
+
+
+def _signed(certificate: Certificate, issuer: Certificate, reasons: list[str]) -> bool:
+    """Tell whether an issuer signed a certificate, or add the reason why not."""
+    try:
+        certificate.require_signed_by(issuer)
+    except KagimoriError as error:
+        reasons.append(_reason(error))
+        return False
+    return True
+
+
+def _reason(error: KagimoriError) -> str:
+    return f"{error.what} Expected {error.expected}, found {error.found}."
 
 
 def _require_name(certificate: Certificate, name: str) -> None:
