@@ -55,9 +55,10 @@ class SvsmVtpm:
 
     kind: Kind = "svsm-vtpm"
 
-    def __init__(self, tsm: ConfigfsTsm, vtpm: Vtpm) -> None:
-        """Use an open TPM and the report door."""
+    def __init__(self, tsm: ConfigfsTsm, vtpm: Vtpm, cap_pcr: int) -> None:
+        """Use an open TPM and the report door; ``cap_pcr`` is the PCR that this agent will close the door by."""
         self._tsm = tsm
+        self._cap_pcr = cap_pcr
         self._vtpm = vtpm
         self._ek_public = b""
 
@@ -68,6 +69,7 @@ class SvsmVtpm:
 
     def collect(self, t0: bytes, pcr_selection: bytes) -> dict[str, Any]:
         """Take the SVSM's report with its manifest, then a quote that commits to both, then the event log."""
+        self._require_cap_looked_at(pcr_selection)
         told = self._tsm.service_report(transcript.svsm_nonce(t0), VTPM_SERVICE)
         if told.manifest != self._ek_public:
             raise HardwareError(
@@ -88,6 +90,23 @@ class SvsmVtpm:
             "pcrs": [messages.PcrValue(index=index, digest=digest) for index, digest in quote.pcrs],
             "event_log": self._vtpm.event_log(),
         }
+
+    def _require_cap_looked_at(self, pcr_selection: bytes) -> None:
+        """Refuse a verifier that would not see our cap: it would give the key again to whoever comes after the boot.
+
+        Every PCR that it looks at is either its own cap or has one value only, so extending any of them closes the door.
+        """
+        from kagimori_protocol.tpm import selected_pcrs  # noqa: PLC0415 - loads the TPM library; only this kind needs it
+
+        looked_at = selected_pcrs(pcr_selection)
+        if self._cap_pcr not in looked_at:
+            raise PeerError(
+                "The verifier does not look at the PCR that closes the door after this boot.",
+                code="challenge.cap-pcr",
+                expected=f"PCR {self._cap_pcr}, cap_pcr of [tpm] in agent.toml, among those to be quoted",
+                found=", ".join(map(str, looked_at)) or "none",
+                todo="Give agent.toml the cap_pcr of the VM's profile: `kagimori-verifier vm config` prints it.",
+            )
 
     def open_credential(self, credential: Credential | None) -> bytes | None:
         """Let the TPM activate the credential: only it can, and only for this AK."""

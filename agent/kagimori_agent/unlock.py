@@ -116,7 +116,7 @@ def attester(config: Config) -> Iterator[Attester]:
     from kagimori_agent.devices.vtpm import open_vtpm  # noqa: PLC0415 - loads the TPM library; only this kind needs it
 
     with open_vtpm(driver=config.tpm.driver, tcti=config.tpm.tcti, event_log=config.tpm.event_log) as vtpm:
-        yield SvsmVtpm(tsm, vtpm)
+        yield SvsmVtpm(tsm, vtpm, config.tpm.cap_pcr)
 
 
 class KeyRefused(Refused):
