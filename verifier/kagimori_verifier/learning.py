@@ -41,12 +41,14 @@ def from_values(raw: bytes) -> Pcrs:
     """Read PCR values of the SHA-256 bank: {"sha256": {"0": "<hex>", ...}}. Raises OperatorError."""
     try:
         values = msgspec.json.decode(raw, type=dict[str, dict[str, str]])["sha256"]
-        pcrs = {str(int(index)): bytes.fromhex(text) for index, text in values.items()}
+        pcrs = {int(index): bytes.fromhex(text) for index, text in values.items()}
     except (msgspec.MsgspecError, KeyError, ValueError) as error:
         raise _wrong('{"sha256": {"0": "<64 hex digits>", ...}}', str(error)) from error
-    if not pcrs or any(len(digest) != 32 or not 0 <= int(index) <= 23 for index, digest in pcrs.items()):  # noqa: PLR2004 - SHA-256, and a TPM's PCRs
+    if list(map(str, pcrs)) != list(values):
+        raise _wrong("each PCR once, by its number in decimal", ", ".join(map(ascii, values))[:200])
+    if not pcrs or any(len(digest) != 32 or not 0 <= index <= 23 for index, digest in pcrs.items()):  # noqa: PLR2004 - SHA-256, and a TPM's PCRs
         raise _wrong("PCRs 0 to 23 with 32 bytes each", f"{len(pcrs)} values")
-    return {index: {"digest": digest.hex(), "events": []} for index, digest in pcrs.items()}
+    return {str(index): {"digest": digest.hex(), "events": []} for index, digest in pcrs.items()}
 
 
 def from_event_log(raw: bytes) -> Pcrs:
@@ -98,7 +100,7 @@ def boot_state(  # noqa: PLR0913 - the parts of a boot state
     owned = VM_OWNED_PCRS[policy.boot_way]
     governed = set(policy.governed_pcrs)
     may = governed if owner_kind == "vm" else governed - owned
-    wanted = set(chosen) if chosen else may & set(map(int, pcrs))
+    wanted = may & set(map(int, pcrs)) if chosen is None else set(chosen)
     if strangers := wanted - governed:
         raise _wrong(f"PCRs that the policy governs: {_numbers(governed)}", _numbers(strangers))
     if owner_kind == "profile" and wanted & owned:
