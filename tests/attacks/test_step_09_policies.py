@@ -15,6 +15,7 @@ from kagimori_simulator.measured_boot import GrubLoader, SecureBoot, Shim
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.attacks.attacker import Prey
 

@@ -1,0 +1,230 @@
+"""The host answers in the verifier's place: whatever it says, an unmodified agent takes only what its verifier signed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+import requests
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from kagimori_agent.unlock import unlock
+from kagimori_protocol import messages, sealing, signature, transcript
+from kagimori_protocol.errors import KagimoriError, NetworkError
+from kagimori_protocol.messages import Challenge, Evidence, Hello, Sealed
+
+if TYPE_CHECKING:
+    from tests.worlds import Enrolled
+
+Reply = tuple[int, bytes, str | None]
+"""Status, body, signature header."""
+Middle = Callable[[str, bytes, Callable[[], Reply]], Reply]
+"""What the host does with a request: path, body, and a way to ask the true verifier."""
+
+
+@contextlib.contextmanager
+def host_between(url: str, middle: Middle) -> Iterator[str]:
+    """Put a host between agent and verifier; yields the URL that the agent then asks."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+
+            def ask() -> Reply:
+                true = requests.post(url + self.path, data=body, timeout=10)
+                return true.status_code, true.content, true.headers.get(signature.HEADER)
+
+            status, reply, signed = middle(self.path, body, ask)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(reply)))
+            if signed is not None:
+                self.send_header(signature.HEADER, signed)
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+def unlock_through(enrolled: Enrolled, middle: Middle) -> tuple[KagimoriError | None, list[str], bytes]:
+    """Let the VM's agent unlock through a host; returns its error, what it said, and the cap PCR afterwards."""
+    said: list[str] = []
+    error: KagimoriError | None = None
+    with (
+        host_between(enrolled.owner.url, middle) as url,
+        enrolled.booted(verifiers=[enrolled.verifier(url)]) as (world, config),
+    ):
+        limits = msgspec.structs.replace(
+            config.limits, boot_budget_s=1.0, backoff_min_s=0.2, backoff_max_s=0.2, gather_s=0.1
+        )
+        try:
+            unlock(msgspec.structs.replace(config, limits=limits), said.append, prove=True)
+        except KagimoriError as caught:
+            error = caught
+        assert world.vtpm is not None
+        return error, said, world.vtpm.pcr(15)
+
+
+def attackers_answer(evidence: bytes) -> bytes:
+    """Make the attacker's own answer to evidence: the EK, the AK and the HPKE key are all that it takes."""
+    from kagimori_protocol import tpm
+
+    sent = messages.decode(Evidence, evidence)
+    hello = messages.decode(Hello, sent.hello)
+    own = sent.challenges[0]
+    t0 = transcript.t0(sent.hello, [(own.key, own.challenge)])
+    binding = transcript.answer_binding(t0, own.challenge, evidence)
+    secret = bytes(32)
+    assert isinstance(hello.ek_public, bytes)
+    assert isinstance(hello.ak_public, bytes)
+    id_object, encrypted = tpm.make_credential(hello.ek_public, tpm.object_name(hello.ak_public), secret)
+    key = messages.VolumeKey(uuid=hello.volumes[0], unlock_key=b"\x66" * 32, header_epoch=0)
+    payload = messages.encode(messages.Keys(confirm_key=bytes(32), volumes=[key]))
+    return messages.encode(
+        Sealed(
+            version=1,
+            session=messages.decode(Challenge, own.challenge).session,
+            credential=messages.Credential(id_object=id_object, encrypted_secret=encrypted),
+            sealed=sealing.seal(hello.hpke_public_key, binding, payload, secret),
+        )
+    )
+
+
+def unsigned(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+    """Answer evidence with the attacker's own key for the attacker's own planted disk, and sign nothing."""
+    return (200, attackers_answer(body), None) if path == messages.PATH_RELEASE else ask()
+
+
+def own_key(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+    """As before, and sign with a key of the attacker's."""
+    if path != messages.PATH_RELEASE:
+        return ask()
+    answer = attackers_answer(body)
+    return 200, answer, signature.sign(Ed25519PrivateKey.generate(), body, answer)
+
+
+def own_key_under_its_name(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+    """As before, and claim that it is the verifier's key."""
+    status, _, signed = ask()
+    if path != messages.PATH_RELEASE:
+        return status, _, signed
+    assert signed is not None
+    answer = attackers_answer(body)
+    forged = signature.sign(Ed25519PrivateKey.generate(), body, answer)
+    return 200, answer, signed.split(" sig=")[0] + " sig=" + forged.split(" sig=")[1]
+
+
+def signature_of_the_true_answer(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+    """As before, with the signature of the answer that it replaces."""
+    status, true, signed = ask()
+    return (status, true, signed) if path != messages.PATH_RELEASE else (200, attackers_answer(body), signed)
+
+
+def challenge_as_answer(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+    """Answer evidence with a Denial that the verifier signed for something else."""
+    if path != messages.PATH_RELEASE:
+        return ask()
+    denial = messages.encode(messages.Denial(version=1, session=b"", code="unknown-vm"))
+    return 403, denial, "ed25519; key=0123456789abcdef; sig=" + b64encode(bytes(64)).decode()
+
+
+def success_without_words(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+    """Say 200 and nothing, or redirect, or time out: a status is nobody's word."""
+    return (200, b"", None) if path == messages.PATH_RELEASE else ask()
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        unsigned,
+        own_key,
+        own_key_under_its_name,
+        signature_of_the_true_answer,
+        challenge_as_answer,
+        success_without_words,
+    ],
+    ids=lambda middle: middle.__name__,
+)
+def test_a_host_that_answers_in_the_verifiers_place_is_only_away(enrolled: Enrolled, middle: Middle) -> None:
+    """T18: a planted disk opens with the attacker's key, so the agent must not take one from anybody.
+
+    To the agent there is no verifier; it gives up when its budget is spent, and caps the boot on the way out.
+    """
+    error, said, cap = unlock_through(enrolled, middle)
+    assert isinstance(error, NetworkError), error
+    assert any("Trying again" in line for line in said) or error.code == "budget.spent"
+    assert cap != bytes(32), "a boot that has given up is capped"
+    assert set(enrolled.owner.events()) <= {"released"}
+
+
+@pytest.mark.parametrize("path", [messages.PATH_CHALLENGE, messages.PATH_RELEASE])
+def test_a_recorded_reply_of_an_earlier_session_is_no_answer(enrolled: Enrolled, path: str) -> None:
+    """T8, T18: the host plays what the verifier signed in an earlier boot: a Challenge, an answer.
+
+    The signature covers the request that it was for, and each boot's Hello has a key that never was before.
+    """
+    recorded: dict[str, Reply] = {}
+
+    def record(path: str, _: bytes, ask: Callable[[], Reply]) -> Reply:
+        recorded[path] = ask()
+        return recorded[path]
+
+    def replay(asked: str, _: bytes, ask: Callable[[], Reply]) -> Reply:
+        return recorded[asked] if asked == path else ask()
+
+    error, _, _ = unlock_through(enrolled, record)
+    assert error is None
+    error, _, cap = unlock_through(enrolled, replay)
+    assert isinstance(error, NetworkError), error
+    assert cap != bytes(32)
+
+
+def test_a_challenge_that_asks_for_nothing_cannot_come_from_the_host(enrolled: Enrolled) -> None:
+    """T22: the host rewrites the Challenge on its way to the agent; the agent sees that nobody signed it."""
+    from kagimori_protocol.tpm import NO_PCRS
+
+    def rewrite(path: str, _: bytes, ask: Callable[[], Reply]) -> Reply:
+        status, body, signed = ask()
+        if path == messages.PATH_CHALLENGE:
+            challenge = messages.decode(Challenge, body)
+            body = messages.encode(msgspec.structs.replace(challenge, pcr_selection=NO_PCRS))
+        return status, body, signed
+
+    error, _, cap = unlock_through(enrolled, rewrite)
+    assert isinstance(error, NetworkError), error
+    assert cap != bytes(32)
+    assert enrolled.owner.events() == []
+
+
+def test_a_host_that_only_carries_learns_nothing_that_opens_the_disk(enrolled: Enrolled) -> None:
+    """T17, T18: an honest run through a curious host; in all that it carried there is no key."""
+    carried: list[bytes] = []
+
+    def listen(_: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+        reply = ask()
+        carried.extend((body, reply[1]))
+        return reply
+
+    error, _, _ = unlock_through(enrolled, listen)
+    assert error is None
+    assert len(carried) == 6
+    key = enrolled.unlock_key
+    assert not any(
+        form in part for part in carried for form in (key, b64encode(key)[:-2], key.hex().encode())
+    )
