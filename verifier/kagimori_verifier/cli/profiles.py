@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kagimori_verifier.cli.output import Verbs
     from kagimori_verifier.store import Txn
 
-TODO: Final = "`kagimori-verifier profile list` shows the profiles."
+WHERE: Final = "`kagimori-verifier profile list` shows the profiles."
 
 
 def register(verbs: Verbs) -> None:
@@ -115,12 +115,8 @@ def _add(options: argparse.Namespace, output: Output) -> int:
             signers=list(dict.fromkeys(options.signer or ["vcek"])),
             csp_ids=options.csp_id,
             any_chip=options.any_chip,
-            # What is demanded must be allowed, too.
-            platform_allowed=_together(
-                defaults.platform_allowed, options.allow_platform, options.require_platform
-            ),
+            platform_allowed=_together(defaults.platform_allowed, options.allow_platform),
             platform_required=options.require_platform,
-            guest_policy_allowed=_together(defaults.guest_policy_allowed, options.require_policy),
             guest_policy_required=options.require_policy,
             revocation=options.revocation,
             extra_pcrs=options.extra_pcr,
@@ -164,7 +160,7 @@ def _show(options: argparse.Namespace, output: Output) -> int:
     with reading(options) as txn:
         row = profiles.get(txn, options.name)
     if row is None:
-        raise unknown("profile", options.name, TODO)
+        raise unknown("profile", options.name, WHERE)
     output.result(msgspec.json.decode(row.policy), *msgspec.json.format(row.policy, indent=2).splitlines())
     return 0
 
@@ -174,7 +170,7 @@ def _edit(options: argparse.Namespace, output: Output) -> int:
     shown = msgspec.to_builtins(policy)
     with writing(options) as txn:
         if not profiles.replace(txn, options.name, msgspec.json.encode(policy).decode()):
-            raise unknown("profile", options.name, TODO)
+            raise unknown("profile", options.name, WHERE)
         _record(txn, "profile-changed", {"profile": options.name, "policy": shown})
     output.result(shown, f"changed profile {options.name}")
     return 0
@@ -183,7 +179,7 @@ def _edit(options: argparse.Namespace, output: Output) -> int:
 def _remove(options: argparse.Namespace, output: Output) -> int:
     with writing(options) as txn:
         if profiles.get(txn, options.name) is None:
-            raise unknown("profile", options.name, TODO)
+            raise unknown("profile", options.name, WHERE)
         users = [f"VM {row.vm_id}" for row in vms.all(txn) if row.profile == options.name]
         users += [f"measurement {row.label}" for row in references.measurements(txn, options.name)]
         if users:

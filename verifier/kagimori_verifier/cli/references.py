@@ -12,7 +12,7 @@ from kagimori_verifier import learning, ledger
 from kagimori_verifier.cli import arguments
 from kagimori_verifier.cli.access import exists, now_s, read_file, reading, unknown, writing
 from kagimori_verifier.cli.output import Output, add_verb, group, when
-from kagimori_verifier.cli.profiles import TODO as PROFILE_TODO
+from kagimori_verifier.cli.profiles import WHERE as PROFILES
 from kagimori_verifier.store import profiles, references, vms
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _measurement_add(options: argparse.Namespace, output: Output) -> int:
     shown = _measurement(row)
     with writing(options) as txn:
         if profiles.get(txn, options.profile) is None:
-            raise unknown("profile", options.profile, PROFILE_TODO)
+            raise unknown("profile", options.profile, PROFILES)
         if references.measurement(txn, options.profile, options.digest) is not None:
             raise exists("measurement", shown["digest"], "`reference measurement remove` forgets it first.")
         references.add_measurement(txn, row)
