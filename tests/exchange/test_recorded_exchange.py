@@ -28,7 +28,7 @@ from kagimori_agent.exchange import Endpoint
 from kagimori_agent.line import Received
 from kagimori_protocol import messages
 from kagimori_protocol.errors import NetworkError, NotAuthentic
-from kagimori_protocol.messages import Denial, Evidence, Sealed
+from kagimori_protocol.messages import Denial, Evidence, Sealed, VersionsSpoken
 from kagimori_simulator import measured_boot
 from kagimori_simulator.amd import AmdRoot
 from kagimori_simulator.machine import SnpMachine
@@ -133,7 +133,7 @@ class Recorded:
         """Send changed evidence: it is denied, or, where it is not authenticated, its answer does not open."""
         assert changed != self.evidence
         message = messages.decode_answer(self.service.release(changed, "changed").body)
-        if isinstance(message, Denial):
+        if isinstance(message, Denial | VersionsSpoken):  # the latter where the version was changed
             return
         try:
             assert isinstance(message, Sealed), message
