@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from tests.desks import desk, furnished, new_desk
 from tests.worlds import amd, enrolled, enrolled_direct, new_verifier, office, owner, volume
 
-__all__ = ["amd", "enrolled", "enrolled_direct", "new_verifier", "office", "owner", "volume"]
+__all__ = [
+    "amd",
+    "desk",
+    "enrolled",
+    "enrolled_direct",
+    "furnished",
+    "new_desk",
+    "new_verifier",
+    "office",
+    "owner",
+    "volume",
+]

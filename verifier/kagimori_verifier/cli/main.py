@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kagimori_protocol.errors import KagimoriError
+from kagimori_protocol.errors import KagimoriError, OperatorError
 from kagimori_verifier.cli import profiles, records, references, setup, trust, vms, volumes
 from kagimori_verifier.cli.output import CONFIG_HELP, EXIT_CODES, JSON_HELP, NAME, Output, Parser, group
 from kagimori_verifier.settings import DEFAULT_PATH
@@ -30,22 +30,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Until the words are understood, what they say about the form is only their own word.
     output = Output(as_json="--json" in words)
+    code = 0
     try:
-        options = parser().parse_args(words)
-        output = Output(as_json=options.json)
-        options.config = options.config or Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
-        code: int = options.run(options, output)
+        try:
+            options = parser().parse_args(words)
+            output = Output(as_json=options.json)
+            options.config = options.config or Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
+            code = options.run(options, output)
+        except KagimoriError as error:
+            code = error.exit_code
+            output.error(error)
+        except KeyboardInterrupt:
+            return INTERRUPTED
         sys.stdout.flush()
-    except KagimoriError as error:
-        output.error(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has seen enough; Python would complain once more while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _close_stdout()  # whoever read our output has seen enough
+    except OSError as error:
+        _close_stdout()
+        output.note(f"what was to be told could not be written: {error.strerror}")
+        return OperatorError.exit_code
     return code
+
+
+def _close_stdout() -> None:
+    """Let Python not complain once more while it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -81,7 +81,10 @@ class Output:
 
     def rows(self, rows: Sequence[Mapping[str, Any]], *columns: str, none: str) -> None:
         """Print rows as a JSON array, or as a table of some columns; ``none`` says that there are none."""
-        self.result(list(rows), *(table(rows, columns) if rows else [none]))
+        if self.as_json:  # whose rows may have other fields than the table's columns
+            self.result(list(rows))
+        else:
+            self.result(None, *(table(rows, columns) if rows else [none]))
 
     def error(self, error: KagimoriError) -> None:
         """Tell an error: what, expected, found, what to do."""
