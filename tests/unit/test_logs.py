@@ -1,0 +1,52 @@
+"""Logs are JSON lines on stderr, and no bytes are in them, whoever logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from kagimori_verifier import logs
+
+
+@pytest.fixture(autouse=True)
+def _afterwards() -> Iterator[None]:
+    """Put logging back as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    structlog.reset_defaults()
+
+
+def test_each_line_is_an_object_whoever_wrote_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours and a library's, with quotes, newlines and a traceback in them."""
+    logs.to_stderr()
+    structlog.get_logger("kagimori").info("replied", status=200)
+    library = logging.getLogger("uvicorn.error")
+    library.warning('a "quoted"\nwarning %s', "here")
+    try:
+        raise ValueError("of a library")
+    except ValueError:
+        library.exception("failed")
+    library.info("not worth a line")
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert [line["event"] for line in lines] == ["replied", 'a "quoted"\nwarning here', "failed"]
+    assert [line["level"] for line in lines] == ["info", "warning", "error"]
+    assert lines[1]["logger"] == "uvicorn.error"
+    assert "ValueError: of a library" in lines[2]["exception"]
+    assert all(line["timestamp"].endswith("Z") for line in lines)
+
+
+def test_bytes_are_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody logs a key; should somebody do, it is not in the log."""
+    logs.to_stderr()
+    structlog.get_logger("kagimori").info("mistake", key=b"\x01secret", deep={"keys": [b"\x01secret"]})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "secret" not in line
+    assert json.loads(line)["key"] == "<bytes>"
