@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_S: Final = 5
 HEAD_S: Final = 10
-"""Seconds in which a connection must have sent the head of a request; uvicorn itself would wait for ever."""
+"""How often a connection is looked at, in seconds: one that has no request begun between two looks is closed. uvicorn
+itself would wait for ever."""
 GRACE_S: Final = 10
 BACKLOG: Final = 256
 MAX_HEAD: Final = 16 << 10
@@ -35,15 +36,16 @@ class ImpatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to watch."""
         super().connection_made(transport)
-        self.loop.call_later(HEAD_S, self._look, self.cycle)
+        self.loop.call_later(HEAD_S, self._look, self.cycle, True)  # noqa: FBT003 - nothing has been sent yet
 
-    def _look(self, before: object) -> None:
+    def _look(self, before: object, waited: bool) -> None:  # noqa: FBT001 - whether the last look saw no request
         if self.transport.is_closing():
             return
-        if self.cycle is before and self.conn.their_state is h11.IDLE:
+        waits = self.conn.their_state is h11.IDLE
+        if waits and waited and self.cycle is before:
             self.transport.close()
         else:
-            self.loop.call_later(HEAD_S, self._look, self.cycle)
+            self.loop.call_later(HEAD_S, self._look, self.cycle, waits)
 
 
 def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
