@@ -65,7 +65,7 @@ class Release:
                 self._metrics.decided(judgement.hello.purpose, settled.decision)
             else:
                 _require_same_evidence(settled, judgement)
-                decision = judgement.decision
+                decision = _as_refused(txn, settled) if settled.decision == DENIED else judgement.decision
         if settled.answer is not None:
             return settled.answer
         if settled.decision != DENIED and isinstance(decision, Deny):
@@ -268,6 +268,15 @@ def _require_same_evidence(settled: Redemption, judgement: Judgement) -> None:
             expected=f"evidence {settled.evidence_sha256.hex()}, which used it",
             found=judgement.evidence_sha256.hex(),
         )
+
+
+def _as_refused(txn: Txn, settled: Redemption) -> Deny:
+    """Give a refusal with the reasons that the ledger has: this boot, or the policy, may look different by now."""
+    lines = ledger.read(txn, session=settled.session)
+    body = next(
+        line.body for line in lines if line.body.get("evidence_sha256") == settled.evidence_sha256.hex()
+    )
+    return Deny(tuple(Check(**check) for check in body["checks"]))
 
 
 def _judged_otherwise(decision: Deny) -> NotAuthentic:
