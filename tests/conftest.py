@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
@@ -44,3 +47,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = shared / "kagimori-cache"
     directory.mkdir(exist_ok=True)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """Put logging back as it was: a test that runs ``serve`` in this process points it at a stderr that closes."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    structlog.reset_defaults()

@@ -21,7 +21,7 @@ def to_stderr() -> None:
         processors=[*_SHARED, structlog.processors.JSONRenderer(default=_unprinted)],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,  # so that a later configuration holds for loggers used before it
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
