@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -50,3 +51,19 @@ def test_bytes_are_never_printed(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = capsys.readouterr().err.splitlines()
     assert "secret" not in line
     assert json.loads(line)["key"] == "<bytes>"
+
+
+def test_lines_follow_a_stderr_that_was_replaced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logger that was used before holds on to no stream that may be closed by now."""
+    logs.to_stderr()
+    logger = structlog.get_logger("kagimori")
+    logger.info("first")
+    with io.StringIO() as other, monkeypatch.context() as replaced:
+        replaced.setattr("sys.stderr", other)
+        logger.info("second")
+        logging.getLogger("uvicorn.error").warning("third")
+        assert [json.loads(line)["event"] for line in other.getvalue().splitlines()] == ["second", "third"]
+    logger.info("fourth")
+    assert "fourth" in capsys.readouterr().err

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
-from typing import Final
+from typing import Final, TextIO, cast
 
 import structlog
 
@@ -15,15 +16,28 @@ _SHARED: Final = (
 )
 
 
+class _Stderr(io.TextIOBase):
+    """Stderr as it is when a line is written: whoever has replaced it since is followed."""
+
+    def write(self, text: str) -> int:
+        """Write to it."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush it."""
+        sys.stderr.flush()
+
+
 def to_stderr() -> None:
     """Send our logs, and the libraries' warnings, to stderr, one JSON object a line."""
+    stderr = cast("TextIO", _Stderr())
     structlog.configure(
         processors=[*_SHARED, structlog.processors.JSONRenderer(default=_unprinted)],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(stderr),
         cache_logger_on_first_use=False,  # so that a later configuration holds for loggers used before it
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[

@@ -160,8 +160,8 @@ def _identity_show(options: argparse.Namespace, output: Output) -> int:
 def _serve(options: argparse.Namespace, output: Output) -> int:
     from kagimori_verifier import app, logs, serving  # noqa: PLC0415 - the web stack, which small verbs do without
 
-    logs.to_stderr()
     verifier = app.open_verifier(settings.load(options.config))
+    logs.to_stderr()
     try:
         serving.serve(verifier, lambda url: _listening(output, url))
     finally:
