@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from kagimori_simulator import measured_boot
 from kagimori_verifier import learning, settings
@@ -153,3 +156,13 @@ def furnished(new_desk: Path, desk: Desk) -> Desk:
         shutil.copytree(desk.directory, kept)
     shutil.copytree(kept, desk.directory, dirs_exist_ok=True)
     return desk
+
+
+@pytest.fixture(autouse=True)
+def logs_of_its_own() -> Iterator[None]:
+    """Undo what `serve` does to logging when it runs in this process: its stderr is a test's, and closed soon."""
+    before = list(logging.root.handlers)
+    yield
+    structlog.reset_defaults()
+    for handler in [one for one in logging.root.handlers if one not in before]:
+        logging.root.removeHandler(handler)
