@@ -24,7 +24,7 @@ from tests.worlds import (
 )
 
 from kagimori_simulator import measured_boot
-from kagimori_simulator.amd import AmdRoot
+from kagimori_simulator.amd import AmdRoot, Vek
 from kagimori_simulator.machine import SnpMachine
 from kagimori_simulator.svsm import Svsm
 from kagimori_simulator.vtpm import Vtpm
@@ -54,11 +54,18 @@ def neighbour(tmp_path: Path, other_verifier: Path, amd: AmdRoot) -> Iterator[Ow
         yield owner
 
 
+@pytest.fixture(scope="session")
+def veks() -> dict[tuple[str, bytes, bytes, str], Vek]:
+    """Keep the certificates of all machines' keys, as hosts do: each costs a signature of RSA-4096."""
+    return {}
+
+
 @pytest.fixture
-def prey(tmp_path: Path, office: Owner) -> Iterator[Prey]:
+def prey(tmp_path: Path, office: Owner, veks: dict[tuple[str, bytes, bytes, str], Vek]) -> Iterator[Prey]:
     """Give the VM ``web1`` below an SVSM, whose honest GRUB boot its owner has accepted, and which has booted so."""
     enrol_grub_vm(office, UUID, UNLOCK_KEY)
     machine = SnpMachine(office.root, chip_id=CHIP_ID, svsm=True, measurement=SVSM, report_version=3)
+    machine._veks = veks
     with Vtpm.start(tmp_path / "securityfs") as vtpm:
         vtpm.play(measured_boot.grub())
         with closing(Prey(office, machine, Svsm(machine, vtpm), vtpm)) as running:
@@ -66,9 +73,10 @@ def prey(tmp_path: Path, office: Owner) -> Iterator[Prey]:
 
 
 @pytest.fixture
-def direct_prey(office: Owner) -> Iterator[Prey]:
+def direct_prey(office: Owner, veks: dict[tuple[str, bytes, bytes, str], Vek]) -> Iterator[Prey]:
     """Give the VM ``web1`` without an SVSM: its measurement covers everything."""
     enrol_direct_vm(office, UUID, UNLOCK_KEY)
     machine = SnpMachine(office.root, chip_id=CHIP_ID, measurement=DIRECT, report_version=3)
+    machine._veks = veks
     with closing(Prey(office, machine)) as running:
         yield running

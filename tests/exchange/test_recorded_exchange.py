@@ -192,7 +192,7 @@ def test_the_ends_of_every_region_count(recorded: Recorded, region: str, place: 
         recorded.require_useless(changed, authenticated=part.authenticated)
 
 
-@settings(max_examples=250)
+@settings(max_examples=200)
 @given(data=st.data(), mask=st.integers(1, 255), change=st.sampled_from(sorted(CHANGES)))
 def test_any_byte_of_any_region_counts(
     recorded: Recorded, data: st.DataObject, mask: int, change: str
@@ -207,7 +207,7 @@ def test_any_byte_of_any_region_counts(
         recorded.require_useless(changed, authenticated=part.authenticated)
 
 
-@settings(max_examples=250)
+@settings(max_examples=100)
 @given(data=st.data(), mask=st.integers(1, 255), change=st.sampled_from(sorted(CHANGES)))
 def test_any_byte_of_the_body_counts(recorded: Recorded, data: st.DataObject, mask: int, change: str) -> None:
     """The same on the wire, where the changed byte is one of JSON or base64."""
@@ -223,7 +223,7 @@ def taken(recorded: Recorded, request: bytes, body: bytes, signature: str) -> by
     return exchange._verified(endpoint, endpoint.urls[0], request, Received(200, signature, body)).body
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(data=st.data(), mask=st.integers(1, 255), change=st.sampled_from(sorted(CHANGES)))
 def test_any_byte_of_a_reply_counts(recorded: Recorded, data: st.DataObject, mask: int, change: str) -> None:
     """Challenge, answer and receipt are taken as they were signed, or not at all; the request counts too."""
