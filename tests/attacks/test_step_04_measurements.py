@@ -161,3 +161,15 @@ def test_a_tpm_beside_a_plain_guest_adds_nothing(direct_prey: Prey, tmp_path: Pa
         told = attacker.send(attacker.evidence())
         direct_prey.stack.close()
     denied(direct_prey.office, told, "not-authentic", "report.measurement")
+
+
+def test_two_vms_cannot_share_an_image_that_is_one_vms_own(direct_prey: Prey) -> None:
+    """T4, T19: root of web2, booted from the image that web1 has too, asks for web1's key with its one grant.
+
+    Without a TPM the measurement covers the initramfs, which names the VM; whatever two VMs share does not.
+    """
+    direct_prey.office.enrol_profile("twin", "direct", "snp-direct", DIRECT)
+    direct_prey.office.enrol_vm("web2", "twin")
+    attacker = direct_prey.attacker()
+    denied(direct_prey.office, attacker.send(attacker.evidence()), "not-authentic", "measurement.one-vm")
+    assert direct_prey.office.refusals()[0].found == "web1, web2"

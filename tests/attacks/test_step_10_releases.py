@@ -95,21 +95,23 @@ def test_an_answer_that_was_lost_does_not_lock_a_vm_with_a_tpm_out(prey: Prey) -
 
 
 def test_a_vm_without_a_tpm_gets_one_answer_for_each_boot_even_as_another_vm(direct_prey: Prey) -> None:
-    """T4: root of a booted VM without a TPM asks again, as itself or as a VM that shares its image.
+    """T4: root of a booted VM without a TPM asks again, as itself or as the VM that its image was given to since.
 
     The measurement cannot tell them apart and there is no cap, so the boot's REPORT_ID is spent with one answer.
     """
     office = direct_prey.office
-    office.enrol_vm(TWIN, "direct")
-    office.enrol_volume(TWIN, TWINS_UUID, bytes(range(32)))
     attacker = direct_prey.attacker()
     assert attacker.keys(attacker.send(attacker.evidence())) == {UUID: UNLOCK_KEY}
     judged(attacker, attacker.send(attacker.evidence()), "boot.ungranted")
+    office.enrol_profile("elsewhere", "direct", "snp-direct", bytes(48))
+    office.change_vm(VM, profile="elsewhere")
+    office.enrol_vm(TWIN, "direct")
+    office.enrol_volume(TWIN, TWINS_UUID, bytes(range(32)))
     as_twin = attacker.hello(vm_id=TWIN, volumes=[TWINS_UUID])
     judged(attacker, attacker.send(attacker.evidence(as_twin)), "boot.ungranted")
     direct_prey.machine.reboot()
     assert attacker.keys(attacker.send(attacker.evidence(as_twin))) == {TWINS_UUID: bytes(range(32))}
-    judged(attacker, attacker.send(attacker.evidence()), "boot.ungranted")
+    judged(attacker, attacker.send(attacker.evidence(as_twin)), "boot.ungranted")
 
 
 def test_a_dry_run_spends_nothing(direct_prey: Prey) -> None:

@@ -76,6 +76,8 @@ class Measurement:
     label: str
     svsm_features: tuple[str, ...]
     """Build features of the SVSM; empty for kinds without one."""
+    vms: frozenset[str]
+    """Ids of VMs that may show this measurement; looked up only for kinds where it must be one VM's own."""
 
 
 @dataclass(frozen=True, slots=True)

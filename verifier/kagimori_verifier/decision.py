@@ -70,7 +70,12 @@ _WITH_TPM: Final = (
     "cap.off",
 )
 
-MANDATORY: Final[dict[Kind, tuple[str, ...]]] = {"svsm-vtpm": _ALWAYS + _WITH_TPM, "snp-direct": _ALWAYS}
+_WITHOUT_TPM: Final = ("measurement.one-vm", "evidence.parts")
+
+MANDATORY: Final[dict[Kind, tuple[str, ...]]] = {
+    "svsm-vtpm": _ALWAYS + _WITH_TPM,
+    "snp-direct": _ALWAYS + _WITHOUT_TPM,
+}
 """Checks that must be on the trail before anything is allowed: one that was forgotten is one that failed."""
 
 

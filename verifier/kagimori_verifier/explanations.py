@@ -87,6 +87,11 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
         "The SVSM build attests nothing but its vTPM.",
         "Use COCONUT's default build, and record its features as they are.",
     ),
+    "measurement.one-vm": Explanation(
+        4,
+        "Without a TPM, the measurement is one VM's own: it covers the initramfs, and that names the VM.",
+        "Give each VM of kind snp-direct an initramfs and a profile of its own.",
+    ),
     "evidence.parts": Explanation(
         5,
         "The evidence has the parts that its kind needs.",

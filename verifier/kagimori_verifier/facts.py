@@ -48,10 +48,15 @@ class StoredFacts:
         """Give the reference value that this MEASUREMENT matches in a profile, or None."""
         with self._store.read() as txn:
             row = references.measurement(txn, profile, digest)
-        if row is None:
-            return None
+            if row is None:
+                return None
+            known_by = references.vms_of(txn, digest) if row.kind == "snp-direct" else frozenset()
         return Measurement(
-            digest=row.digest, kind=row.kind, label=row.label, svsm_features=tuple(row.svsm_features)
+            digest=row.digest,
+            kind=row.kind,
+            label=row.label,
+            svsm_features=tuple(row.svsm_features),
+            vms=known_by,
         )
 
     def roots(self) -> TrustedRoots:

@@ -272,6 +272,14 @@ class Pipeline:
                 expected="an SVSM built with FEATURES=" + ",".join(sorted(SVSM_FEATURES)),
                 found=",".join(sorted(features)) or "no feature recorded",
             )
+        else:
+            # It covers initramfs and command line, and with them vm_id: two VMs that share it are one image.
+            trail.require(
+                "measurement.one-vm",
+                measurement.vms == {vm.vm_id},
+                expected=f"a measurement that {vm.vm_id} alone may show",
+                found=", ".join(sorted(measurement.vms)),
+            )
         return measurement
 
 

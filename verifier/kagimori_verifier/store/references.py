@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from sqlalchemy import Row, delete, insert, select
 
@@ -11,6 +11,9 @@ from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import Kind
 from kagimori_verifier.store import columns, schema
 from kagimori_verifier.store.database import Txn
+
+MOST_VMS: Final = 5
+"""VMs named where a measurement is shared by some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,17 @@ def measurement(txn: Txn, profile: str, digest: bytes) -> MeasurementRow | None:
     where = (schema.measurement.c.profile == profile, schema.measurement.c.digest == digest)
     row = txn.execute(select(schema.measurement).where(*where)).one_or_none()
     return None if row is None else _measurement(row)
+
+
+def vms_of(txn: Txn, digest: bytes) -> frozenset[str]:
+    """Give the ids of VMs whose profile knows a measurement, a few of them: who asks wants to know of more than one."""
+    statement = (
+        select(schema.vm.c.vm_id)
+        .join(schema.measurement, schema.measurement.c.profile == schema.vm.c.profile)
+        .where(schema.measurement.c.digest == digest)
+        .limit(MOST_VMS)
+    )
+    return frozenset(txn.execute(statement).scalars())
 
 
 def measurements(txn: Txn, profile: str | None = None) -> tuple[MeasurementRow, ...]:
