@@ -118,6 +118,28 @@ def test_a_vlek_where_policy_wants_the_chip_itself_is_a_refusal_with_reasons(pre
     judged(attacker, told, "signer.allowed", "signer.provider", "chip.allowed")
 
 
+def test_a_report_that_speaks_of_another_product_than_its_root_is_refused(prey: Prey) -> None:
+    """T13: the keys of one product line leak; what they sign must not pass for a report of a newer one."""
+    prey.machine.overrides |= {"cpuid_fam_id": 0x19, "cpuid_mod_id": 0x11}  # Genoa, under Milan's root
+    attacker = prey.attacker()
+    denied(prey.office, attacker.send(attacker.evidence()), "not-authentic", "endorsement.product")
+
+
+def test_a_report_signed_in_another_way_is_refused(prey: Prey) -> None:
+    """T22: SIGNATURE_ALGO says how the report is signed; only the one way that is verified may be said."""
+    prey.machine.overrides["signature_algo"] = 2
+    attacker = prey.attacker()
+    denied(prey.office, attacker.send(attacker.evidence()), "not-authentic", "report.signature-algo")
+
+
+@pytest.mark.parametrize("tcb", ["current_tcb", "committed_tcb", "launch_tcb"])
+def test_a_tcb_that_cannot_be_read_is_not_compared(prey: Prey, tcb: str) -> None:
+    """T12: bytes that no product uses could hide a version that sorts above every floor."""
+    prey.machine.overrides[tcb] = b"\xff" * 8
+    attacker = prey.attacker()
+    denied(prey.office, attacker.send(attacker.evidence()), "not-authentic", "report.tcb-layout")
+
+
 def test_a_masked_chip_is_no_chip(prey: Prey) -> None:
     """T7: the host masks CHIP_ID, so that zeros stand where the owner's list of chips looks."""
     prey.machine.overrides["chip_id"] = bytes(64)

@@ -98,6 +98,23 @@ def test_a_quote_by_a_software_key_under_the_tpms_name_is_refused(prey: Prey) ->
     denied(prey.office, told, "not-authentic", "quote.signature")
 
 
+@pytest.mark.parametrize("lie", ["a byte after it", "a byte less", "no scheme", "nothing"])
+def test_bytes_that_are_no_signature_are_not_half_understood(prey: Prey, lie: str) -> None:
+    """T22: two readers of the same bytes must not find two signatures in them, nor one where there is none."""
+    attacker = prey.attacker()
+    parts = attacker.evidence()
+    quote: messages.Quote = parts["quote"]
+    bent = {
+        "a byte after it": quote.signature + b"\x00",
+        "a byte less": quote.signature[:-1],
+        "no scheme": b"\x00\x10",
+        "nothing": b"",
+    }[lie]
+    parts["quote"] = msgspec.structs.replace(quote, signature=bent)
+    check = "quote.signature" if lie == "no scheme" else "quote.signature-layout"
+    denied(prey.office, attacker.send(parts), "not-authentic", check)
+
+
 @pytest.mark.parametrize(
     "marks", [{"magic": b"\x00TCG"}, {"kind": b"\x80\x17"}], ids=["magic", "type certify"]
 )

@@ -12,6 +12,7 @@ from kagimori_agent.cap import CAP_DATA
 from kagimori_protocol.errors import HardwareError, NotAuthentic
 from kagimori_simulator import faults, measured_boot, pe
 from kagimori_simulator.measured_boot import GrubLoader, SecureBoot, Shim
+from kagimori_verifier.appraise.policy import TcbFloor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,6 +97,14 @@ def test_what_a_report_does_not_say_is_not_assumed(prey: Prey, demand: dict[str,
     prey.office.change_policy("grub", **demand)
     attacker = prey.attacker()
     judged(attacker, attacker.send(attacker.evidence()), check)
+
+
+def test_a_product_that_the_owner_has_given_no_floor_is_not_wanted(prey: Prey) -> None:
+    """T13: the owner trusts Genoa only; a genuine Milan chip at its best TCB is still a Milan chip."""
+    genoa = TcbFloor(boot_loader=10, tee=0, snp=23, microcode=84)
+    prey.office.change_policy("grub", tcb_floors={"Genoa": genoa})
+    attacker = prey.attacker()
+    judged(attacker, attacker.send(attacker.evidence()), "product.allowed", *ALL_TCBS)
 
 
 def test_an_empty_list_of_chips_means_none(prey: Prey) -> None:
