@@ -22,6 +22,8 @@ from kagimori_protocol.messages import Challenge, Evidence, Hello, Sealed
 if TYPE_CHECKING:
     from tests.worlds import Enrolled
 
+pytestmark = pytest.mark.slow  # the quick suite has three minutes
+
 Reply = tuple[int, bytes, str | None]
 """Status, body, signature header."""
 HONEST_S = 20.0

@@ -34,6 +34,8 @@ from kagimori_verifier.store import StoreUnavailable, redemptions, sqlite
 if TYPE_CHECKING:
     from kagimori_simulator.amd import AmdRoot
 
+pytestmark = pytest.mark.slow  # the quick suite has three minutes
+
 Fault = Callable[[Owner], "contextlib.AbstractContextManager[None]"]
 
 

@@ -37,6 +37,8 @@ from kagimori_simulator.vtpm import Vtpm
 from kagimori_verifier.service import Reply
 from kagimori_verifier.store import schema
 
+pytestmark = pytest.mark.slow  # the quick suite has three minutes
+
 replace = msgspec.structs.replace
 _DIGEST = 32
 

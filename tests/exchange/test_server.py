@@ -24,6 +24,8 @@ from kagimori_simulator.amd import AmdRoot
 from kagimori_verifier.service import Reply, Service
 from kagimori_verifier.store import sqlite
 
+pytestmark = pytest.mark.slow  # the quick suite has three minutes
+
 WAIT_S = 20
 POSTS = (messages.PATH_CHALLENGE, messages.PATH_RELEASE, messages.PATH_CONFIRM)
 HELLO = messages.encode(

@@ -16,6 +16,8 @@ from kagimori_verifier import app
 from kagimori_verifier.cli.main import CONFIG_VARIABLE
 from kagimori_verifier.store import vms
 
+pytestmark = pytest.mark.slow  # the quick suite has three minutes
+
 
 def test_init_makes_everything_and_only_its_owner_may_read_it(new_desk: Path) -> None:
     """Settings, key, database, certificates; the KEK and the database are private."""

@@ -23,6 +23,8 @@ from kagimori_verifier.cli import main
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.store import Store, sqlite, vms
 
+pytestmark = pytest.mark.slow  # the quick suite has three minutes
+
 PASSPHRASE = "the passphrase of an installer"
 FLOOR = "Milan:boot_loader=4,tee=0,snp=24,microcode=219"
 WAIT_S = 60
