@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import secrets
 import subprocess
 import sys
@@ -117,11 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _directory(options.keep) as directory:
             told.end(_play(told, directory))
+        sys.stdout.flush()
     except KagimoriError as error:
         print(f"kagimori-demo: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain once more while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 
