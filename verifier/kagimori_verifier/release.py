@@ -57,15 +57,18 @@ class Release:
         database fails: then nothing was released that the ledger does not show.
         """
         session_sha256 = hashlib.sha256(judgement.session).digest()
+        fresh = False
         with self._store.write() as txn:
             settled = redemptions.find(txn, session_sha256)
             if settled is None:
                 decision = _apply_release_rules(txn, judgement, session_sha256)
                 settled = _redeem(txn, judgement, decision, session_sha256, now_s)
-                self._metrics.decided(judgement.hello.purpose, settled.decision)
+                fresh = True
             else:
                 _require_same_evidence(settled, judgement)
                 decision = _as_refused(txn, settled) if settled.decision == DENIED else judgement.decision
+        if fresh:  # counted once the ledger has it
+            self._metrics.decided(judgement.hello.purpose, settled.decision)
         if settled.answer is not None:
             return settled.answer
         if settled.decision != DENIED and isinstance(decision, Deny):
