@@ -111,22 +111,12 @@ def test_a_session_redeemed_by_two_programs_at_once_is_redeemed_once(tmp_path: P
 
 
 def test_a_redemption_comes_back_as_it_was_kept(store: Store) -> None:
-    """By the hash of its session, and by the name that people use."""
+    """By the hash of its session."""
     with store.write() as txn:
         redemptions.insert(txn, REDEMPTION)
     with store.read() as txn:
         assert redemptions.find(txn, REDEMPTION.session_sha256) == REDEMPTION
-        assert redemptions.by_session(txn, REDEMPTION.session) == REDEMPTION
         assert redemptions.find(txn, bytes(32)) is None
-        assert redemptions.by_session(txn, "0" * 16) is None
-
-
-def test_a_session_name_that_two_sessions_share_names_neither(store: Store) -> None:
-    """The name is 8 bytes of a hash: what is ambiguous is not guessed."""
-    with store.write() as txn:
-        redemptions.insert(txn, REDEMPTION)
-        redemptions.insert(txn, dataclasses.replace(REDEMPTION, session_sha256=b"\x02" * 32))
-        assert redemptions.by_session(txn, REDEMPTION.session) is None
 
 
 def test_a_second_use_of_a_session_is_refused_by_the_table_itself(store: Store) -> None:

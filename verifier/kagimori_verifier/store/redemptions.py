@@ -48,12 +48,6 @@ def find(txn: Txn, session_sha256: bytes) -> Redemption | None:
     return None if row is None else Redemption(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
 
 
-def by_session(txn: Txn, session: str) -> Redemption | None:
-    """Give what a session was used for, by the name that people use; None for an unknown or ambiguous one."""
-    rows = txn.execute(select(redemption).where(redemption.c.session == session)).all()
-    return Redemption(**rows[0]._mapping) if len(rows) == 1 else None  # noqa: SLF001 - as above
-
-
 def insert(txn: Txn, row: Redemption) -> None:
     """Use a session. Raises AlreadyRedeemed if another transaction was first."""
     try:
