@@ -1,7 +1,7 @@
 """A simulated SNP machine for a laptop: make one, then boot it and run the agent in it, honestly or with a lie.
 
 ``init`` makes a chip and its root; ``run`` boots the VM, prepares the agent.toml that the owner's verifier printed, and runs
-one verb of the real agent. Every run is a new boot.
+one verb of the real agent, or of another one. Every run is a new boot, of the kind that agent.toml names.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 NAME: Final = "kagimori-simulator"
 MEASUREMENT: Final = bytes.fromhex("c0c0") * 24
 _FILES: Final = ("ark.der", "ask.der", "crl.der")
+_PARTS: Final = ("kernel", "initramfs", "cmdline")
+"""Parts of a measured boot that can be another."""
 
 
 def lies() -> dict[str, Callable[[SnpMachine], None]]:
@@ -69,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser(
         "run",
         help="boot the VM and run a verb of the agent in it",
-        description="Boot the VM through GRUB below an SVSM, and run one verb of the agent in it.",
+        description="Boot the VM of the kind that FILE names (svsm-vtpm: through GRUB below an SVSM; snp-direct: with "
+        "everything in its measurement), and run one verb of the agent in it.",
         epilog="lies: " + ", ".join(lies()),
     )
     run.add_argument("--dir", type=Path, required=True, metavar="DIR", help="what `init` made")
@@ -83,9 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--disk", type=Path, metavar="IMAGE", help="the LUKS2 image that stands for the VM's disk"
     )
-    run.add_argument("--kernel", metavar="TEXT", help="boot another kernel, made of this text")
-    run.add_argument("--initramfs", metavar="TEXT", help="boot another initramfs")
-    run.add_argument("--cmdline", metavar="TEXT", help="boot with another command line")
+    for part in _PARTS:
+        run.add_argument(f"--{part}", metavar="TEXT", help=f"boot with another {part}, made of this text")
+    run.add_argument(
+        "--program",
+        type=Path,
+        metavar="PROGRAM",
+        help="run this agent in place of ours, as: PROGRAM VERB --config FILE ...",
+    )
     run.add_argument(
         "--lie",
         action="append",
@@ -130,13 +138,21 @@ def _run(options: argparse.Namespace) -> int:
         config = tomllib.loads(options.config.read_text(encoding="utf-8"))
         verifiers = [VerifierAt(one["name"], one["urls"], one["keys"]) for one in config["verifiers"]]
         vm_id, volumes = config["vm_id"], _volumes(config, options.disk)
+        svsm = config.get("kind") != "snp-direct"
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             "The simulated machine or the agent's configuration cannot be read.",
             expected="what `kagimori-simulator init` and `kagimori-verifier vm config` made",
             found=str(error),
         ) from error
-    machine = SnpMachine(root, chip_id=chip_id, measurement=MEASUREMENT, svsm=True, report_version=3)
+    if not svsm and (changed := [part for part in _PARTS if getattr(options, part) is not None]):
+        raise UsageError(
+            "A VM of kind snp-direct has no measured boot.",
+            expected="no " + ", ".join(f"--{part}" for part in changed),
+            found="what its measurement covers",
+            todo="Use --lie another-measurement.",
+        )
+    machine = SnpMachine(root, chip_id=chip_id, measurement=MEASUREMENT, svsm=svsm, report_version=3)
     for name in options.lie:
         lies()[name](machine)
     with (
@@ -145,8 +161,21 @@ def _run(options: argparse.Namespace) -> int:
     ):
         path = world.agent_toml(vm_id, verifiers, volumes)
         verb, *rest = options.agent
-        command = [sys.executable, "-m", "kagimori_agent", verb, "--config", str(path), *rest]
+        agent = [sys.executable, "-m", "kagimori_agent"]
+        if options.program is not None:
+            agent = [str(options.program.resolve())]
+        return _run_agent([*agent, verb, "--config", str(path), *rest])
+
+
+def _run_agent(command: Sequence[str]) -> int:
+    try:
         return subprocess.run(command, check=False).returncode
+    except OSError as error:
+        raise UsageError(
+            "The agent cannot be run.",
+            expected="a program that can be executed",
+            found=f"{command[0]}: {error.strerror}",
+        ) from error
 
 
 def _boot(options: argparse.Namespace) -> MeasuredBoot:
