@@ -10,10 +10,11 @@ the messages' types.
 from __future__ import annotations
 
 import base64
+import ipaddress
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import SplitResult, urlsplit
 
 import msgspec
@@ -38,6 +39,7 @@ SMALL_ORDER: Final = frozenset({0, 1, _P - 1, _P, _P + 1, _Y_OF_ORDER_8, _P - _Y
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+Address = Annotated[str, Meta(pattern=r"\A[0-9A-Fa-f:./]{2,43}\Z")]
 Url = Annotated[str, Meta(pattern=r"\A[\x21-\x7e]{1,512}\Z")]
 
 
@@ -103,6 +105,29 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     cryptsetup_s: Annotated[float, Meta(ge=1, le=3600)] = 120
 
 
+class Boot(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What becomes of a boot whose volumes do not open; it is capped first, whatever it is.
+
+    ``shell`` is for who debugs an image: the console, and so that shell, is the host's.
+    """
+
+    on_failure: Literal["poweroff", "reboot", "shell"] = "poweroff"
+
+
+class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the early boot reaches a verifier; the scripts of the initramfs read it, never the agent.
+
+    ``dhcp`` asks on every interface of hardware, or on ``interface`` alone; ``static`` gives ``address`` (with its prefix
+    length), ``gateway`` and ``dns`` to that interface, or to the only one; ``none`` leaves all of it to others.
+    """
+
+    method: Literal["dhcp", "static", "none"] = "dhcp"
+    interface: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,14}\Z")] | None = None
+    address: Address | None = None
+    gateway: Address | None = None
+    dns: Annotated[list[Address], Meta(max_length=3)] = []
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of agent.toml. ``kind`` is a hint only; without volumes, nothing but a dry-run makes sense."""
 
@@ -113,6 +138,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tpm: Tpm = Tpm()
     tsm: Tsm = Tsm()
     limits: Limits = Limits()
+    boot: Boot = Boot()
+    network: Network = Network()
 
 
 _TABLES: Final[dict[str, type[Struct]]] = {
@@ -121,6 +148,8 @@ _TABLES: Final[dict[str, type[Struct]]] = {
     "tpm": Tpm,
     "tsm": Tsm,
     "limits": Limits,
+    "boot": Boot,
+    "network": Network,
 }
 
 
@@ -179,6 +208,7 @@ def _convert(content: dict[str, Any]) -> Config:
     _require_names(config)
     _require_absolute_paths(config)
     _require_sense(config)
+    _require_network(config.network)
     return config
 
 
@@ -318,6 +348,29 @@ def _require_sense(config: Config) -> None:
             "limits.backoff_min_s <= limits.backoff_max_s",
             f"{limits.backoff_min_s:g}, {limits.backoff_max_s:g}",
         )
+
+
+def _require_network(network: Network) -> None:
+    """Refuse addresses that are none, and a method whose address is missing or stands beside it for nothing."""
+    given = [
+        ("address", network.address, ipaddress.ip_interface),
+        ("gateway", network.gateway, ipaddress.ip_address),
+    ]
+    given += [("dns", dns, ipaddress.ip_address) for dns in network.dns]
+    for key, text, read in given:
+        try:
+            if text is not None:
+                read(text)
+        except ValueError as error:
+            raise _wrong("config.address", f"network.{key} as an IP address", str(error)) from error
+    if network.address is not None and "/" not in network.address:
+        raise _wrong("config.address", "network.address with its prefix length", "none")
+    if (network.method == "static") != (network.address is not None):
+        raise _wrong(
+            "config.network", "network.address where method is static, and only there", network.method
+        )
+    if network.method != "static" and (network.gateway is not None or network.dns):
+        raise _wrong("config.network", "gateway and dns only where method is static", network.method)
 
 
 def _wrong(code: str, expected: str, found: str) -> ImageError:

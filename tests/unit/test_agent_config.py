@@ -37,6 +37,10 @@ def _volume(uuid: str = UUID, name: str = "cryptroot", more: str = "") -> str:
     return f'[[volumes]]\nuuid = "{uuid}"\nname = "{name}"\n{more}\n'
 
 
+def _static(address: str = "10.0.0.2/24", more: str = "") -> str:
+    return f'[network]\nmethod = "static"\naddress = "{address}"\n{more}'
+
+
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[[str], Config]:
     """Give a function that writes an agent.toml and loads it."""
@@ -91,6 +95,23 @@ def test_a_full_file_is_read_as_written(written: Callable[[str], Config]) -> Non
     assert (config.limits.attempt_s, config.limits.gather_s) == (2.5, 0)
 
 
+def test_a_boot_that_fails_ends_in_power_off_unless_the_owner_says_otherwise(
+    written: Callable[[str], Config],
+) -> None:
+    """Nobody finds a shell on a console that is the host's because a line was forgotten."""
+    assert written(HEAD + VERIFIER).boot.on_failure == "poweroff"
+    assert written(HEAD + VERIFIER + '[boot]\non_failure = "shell"\n').boot.on_failure == "shell"
+
+
+def test_a_static_network_is_read_as_written(written: Callable[[str], Config]) -> None:
+    """Addresses of both families are taken; without any, DHCP is meant."""
+    assert written(HEAD + VERIFIER).network.method == "dhcp"
+    more = 'gateway = "fd00::1"\ndns = ["10.0.0.3", "fd00::53"]\ninterface = "ens3"\n'
+    network = written(HEAD + VERIFIER + _static("fd00::2/64", more)).network
+    assert (network.address, network.gateway, network.interface) == ("fd00::2/64", "fd00::1", "ens3")
+    assert network.dns == ["10.0.0.3", "fd00::53"]
+
+
 def test_a_file_without_volumes_is_good_for_a_dry_run(written: Callable[[str], Config]) -> None:
     """What may be done without volumes is the caller's question, not the file's."""
     assert written(HEAD + VERIFIER).volumes == []
@@ -105,6 +126,8 @@ def test_a_file_without_volumes_is_good_for_a_dry_run(written: Callable[[str], C
         (HEAD + VERIFIER + "[tpm]\nindex = 0\n", "tpm.index", "tpm.driver"),
         (HEAD + VERIFIER + "[tsm]\npath = 0\n", "tsm.path", "tsm.root"),
         (HEAD + VERIFIER + "[limits]\nboot_budget = 0\n", "limits.boot_budget", "limits.boot_budget_s"),
+        (HEAD + VERIFIER + '[boot]\non_error = "shell"\n', "boot.on_error", "boot.on_failure"),
+        (HEAD + VERIFIER + '[network]\nmode = "dhcp"\n', "network.mode", "network.method"),
     ],
 )
 def test_an_unknown_key_is_named_together_with_those_that_exist(
@@ -207,6 +230,17 @@ WRONG = {
     "a connection longer than its attempt": HEAD + VERIFIER + "[limits]\nconnect_s = 16\n",
     "an attempt longer than the boot": HEAD + VERIFIER + "[limits]\nboot_budget_s = 10\n",
     "a shortest pause above the longest": HEAD + VERIFIER + "[limits]\nbackoff_min_s = 31\n",
+    "an end of a failed boot that nobody knows": HEAD + VERIFIER + '[boot]\non_failure = "continue"\n',
+    "a static address that is missing": HEAD + VERIFIER + '[network]\nmethod = "static"\n',
+    "an address that DHCP would not use": HEAD + VERIFIER + '[network]\naddress = "10.0.0.2/24"\n',
+    "a gateway that DHCP would not use": HEAD + VERIFIER + '[network]\ngateway = "10.0.0.1"\n',
+    "an address without its prefix length": HEAD + VERIFIER + _static("10.0.0.2"),
+    "an address with a name's letters": HEAD + VERIFIER + _static("a.b/24"),
+    "an address too large": HEAD + VERIFIER + _static("10.0.0.256/24"),
+    "a gateway with a prefix length": HEAD + VERIFIER + _static(more='gateway = "10.0.0.1/24"\n'),
+    "a resolver that is a command": HEAD + VERIFIER + _static(more='dns = ["$(reboot)"]\n'),
+    "an interface that is an option": HEAD + VERIFIER + '[network]\ninterface = "-h"\n',
+    "an interface that is a path": HEAD + VERIFIER + '[network]\ninterface = "../x"\n',
     "a key given twice": HEAD + HEAD + VERIFIER,
     "no TOML": "vm_id: web1",
     "no UTF-8": "vm_id = '\udcff'",
