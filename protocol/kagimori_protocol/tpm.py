@@ -151,6 +151,20 @@ def selected_pcrs(selection: bytes) -> tuple[int, ...]:
     return chosen
 
 
+def pcr_banks(selection: bytes) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Read any TPML_PCR_SELECTION: each entry's TPM_ALG_ID and its PCRs, ascending, in the order that is hashed.
+
+    Raises Malformed. The protocol itself takes one form only: ``selected_pcrs``.
+    """
+    parsed = _exactly(TPML_PCR_SELECTION, selection, "pcr-selection.layout")
+    banks = []
+    for entry in (parsed.pcrSelections[at] for at in range(parsed.count)):
+        bits = int.from_bytes(bytes(entry.pcrSelect)[: entry.sizeofSelect], "little")
+        chosen = tuple(index for index in range(bits.bit_length()) if bits >> index & 1)
+        banks.append((int(entry.hash), chosen))
+    return tuple(banks)
+
+
 _QUOTE_MARKS: Final = (
     (
         int(TPM2_GENERATED.VALUE).to_bytes(4, "big"),

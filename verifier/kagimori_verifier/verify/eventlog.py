@@ -37,6 +37,7 @@ __all__ = [
     "EventLog",
     "PcrValues",
     "UserspaceExtend",
+    "differing",
     "parse",
     "replay",
     "replay_to",
@@ -122,17 +123,23 @@ def replay_to(
     for event in log.events:
         if event.type != EV_NO_ACTION and event.pcr in by_pcr:
             by_pcr[event.pcr].append(event)
-    differing = [pcr for pcr in by_pcr if pcr not in range(PCR_COUNT) or replayed.pcr(pcr) != quoted[pcr]]
-    if differing:
+    if wrong := differing(replayed, quoted):
         raise NotAuthentic(
-            f"The event log does not lead to the quoted value of PCR {', '.join(map(str, differing))}.",
+            f"The event log does not lead to the quoted value of PCR {', '.join(map(str, wrong))}.",
             code="eventlog.replay",
-            expected="; ".join(f"PCR {pcr} quoted as {_hex(quoted[pcr])}" for pcr in differing),
-            found="; ".join(_told(pcr, replayed, len(by_pcr[pcr]), userspace_extends) for pcr in differing),
+            expected="; ".join(f"PCR {pcr} quoted as {_hex(quoted[pcr])}" for pcr in wrong),
+            found="; ".join(_told(pcr, replayed, len(by_pcr[pcr]), userspace_extends) for pcr in wrong),
             todo="Send the log whole, and quote before anything else in the guest extends these PCRs. "
             "Firmware that measures more than it logs cannot be judged.",
         )
     return {pcr: tuple(events) for pcr, events in by_pcr.items()}
+
+
+def differing(replayed: PcrValues, quoted: Mapping[int, bytes]) -> tuple[int, ...]:
+    """Name the PCRs, lowest first, whose quoted value is not the replayed one."""
+    return tuple(
+        pcr for pcr in sorted(quoted) if pcr not in range(PCR_COUNT) or replayed.pcr(pcr) != quoted[pcr]
+    )
 
 
 def _told(pcr: int, replayed: PcrValues, count: int, userspace_extends: Sequence[UserspaceExtend]) -> str:

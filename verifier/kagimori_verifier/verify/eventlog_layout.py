@@ -105,6 +105,24 @@ class EventLog:
     startup_locality: int
 
 
+class Dialect:
+    """What a log may have beyond its profile: nothing. ``examine`` knows logs that may have more, the pipeline none."""
+
+    def ends(self, raw: bytes, offset: int) -> bool:
+        """Tell whether the log ends at ``offset``, where an event has ended."""
+        return offset >= len(raw)
+
+    def require_pcr(self, pcr: int, offset: int) -> None:
+        """Refuse an event for a PCR that no TPM has."""
+        if pcr >= PCR_COUNT:
+            raise _layout(
+                "An event is for a PCR that no TPM has.", offset, f"0 to {PCR_COUNT - 1}", f"PCR {pcr}"
+            )
+
+
+_STRICT: Final = Dialect()
+
+
 def parse(raw: bytes) -> EventLog:
     """Read a whole log, as /sys/kernel/security/tpm*/binary_bios_measurements gives it.
 
@@ -114,18 +132,23 @@ def parse(raw: bytes) -> EventLog:
     algorithms are kept. Padding behind the last event is refused: the kernel never gives any.
     Raises NotAuthentic (eventlog.layout), with the byte offset, for everything else.
     """
+    return read(raw, _STRICT)
+
+
+def read(raw: bytes, dialect: Dialect) -> EventLog:
+    """Read a whole log that may have what ``dialect`` allows; ``parse`` tells the rest."""
     if not raw:
         raise _layout("An event log is empty.", 0, "at least one event", "0 bytes")
     if len(raw) > MAX_SIZE:
         raise _layout("An event log is too long.", 0, f"at most {MAX_SIZE} bytes", f"{len(raw)} bytes")
-    first, offset = _legacy_event(raw, 0, 0)
+    first, offset = _legacy_event(raw, 0, 0, dialect)
     events = [first]
     if first.data.startswith(_SPEC_ID_03):
         promised = _spec_id(first)
         carried: frozenset[str] | None = None
-        while offset < len(raw):
+        while not dialect.ends(raw, offset):
             start = offset
-            event, offset = _event2(raw, offset, _next_index(events, offset), promised)
+            event, offset = _event2(raw, offset, _next_index(events, offset), promised, dialect)
             if event.type != EV_NO_ACTION:
                 carried = _require_banks(event, carried, start)
             events.append(event)
@@ -136,8 +159,8 @@ def parse(raw: bytes) -> EventLog:
                 "An event log is of an unknown version.", 32, "Spec ID Event03", repr(first.data[:16])
             )
         names = ("sha1",)
-        while offset < len(raw):
-            event, offset = _legacy_event(raw, offset, _next_index(events, offset))
+        while not dialect.ends(raw, offset):
+            event, offset = _legacy_event(raw, offset, _next_index(events, offset), dialect)
             events.append(event)
     return EventLog(names, tuple(events), _startup_locality(events))
 
@@ -163,19 +186,21 @@ def _take(raw: bytes, offset: int, size: int, what: str) -> bytes:
     return raw[offset : offset + size]
 
 
-def _legacy_event(raw: bytes, offset: int, index: int) -> tuple[Event, int]:
+def _legacy_event(raw: bytes, offset: int, index: int, dialect: Dialect) -> tuple[Event, int]:
     """Read one TCG_PCR_EVENT; return it and the offset behind it."""
     pcr, kind, digest, size = _unpack(_LEGACY_HEAD, raw, offset, "an event's head")
-    _require_pcr(pcr, offset)
+    dialect.require_pcr(pcr, offset)
     start = offset + _LEGACY_HEAD.size
     data = _take(raw, start, size, "an event's data")
     return Event(index, pcr, kind, MappingProxyType({"sha1": digest}), data), start + size
 
 
-def _event2(raw: bytes, offset: int, index: int, algorithms: Mapping[int, _Algorithm]) -> tuple[Event, int]:
+def _event2(
+    raw: bytes, offset: int, index: int, algorithms: Mapping[int, _Algorithm], dialect: Dialect
+) -> tuple[Event, int]:
     """Read one TCG_PCR_EVENT2; return it and the offset behind it."""
     pcr, kind, count = _unpack(_HEAD, raw, offset, "an event's head")
-    _require_pcr(pcr, offset)
+    dialect.require_pcr(pcr, offset)
     if not 1 <= count <= len(algorithms):
         raise _layout(
             "An event has no digest, or more than the log's header lists.",
@@ -283,12 +308,6 @@ def _startup_locality(events: Sequence[Event]) -> int:
             found=f"{len(told)}, event {told[0].index} for PCR {told[0].pcr}: {value[:8].hex() or 'nothing'}",
         )
     return value[0]
-
-
-def _require_pcr(pcr: int, offset: int) -> None:
-    """Refuse an event for a PCR that no TPM has."""
-    if pcr >= PCR_COUNT:
-        raise _layout("An event is for a PCR that no TPM has.", offset, f"0 to {PCR_COUNT - 1}", f"PCR {pcr}")
 
 
 def _truncated(what: str, raw: bytes, offset: int, size: int) -> NotAuthentic:
