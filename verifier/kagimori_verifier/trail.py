@@ -67,8 +67,11 @@ class Trail:
 
 def plain(text: str) -> str:
     """Bound a text and escape what a terminal would obey: parts of it were chosen by whoever sent the evidence."""
+    bounded = text[:MAX_TEXT]
+    if bounded.isprintable():  # nearly all are, and a verdict has a hundred
+        return bounded
     escaped = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text[:MAX_TEXT]
+        for character in bounded
     )
     return escaped[:MAX_TEXT]

@@ -146,7 +146,9 @@ def printable(text: str, limit: int = LINE_LENGTH) -> str:
 
     No terminal escape, line break or right-to-left mark out of a log may reach a person's screen.
     """
-    shown = "".join(_escape(character) for character in text[: limit + 1])
+    shown = text[: limit + 1]
+    if not (shown.isascii() and shown.isprintable()):  # few are not, and a log has hundreds
+        shown = "".join(map(_escape, shown))
     return shown if len(shown) <= limit else shown[: max(limit - 3, 0)] + "..."
 
 
