@@ -15,7 +15,7 @@ from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.store import sqlite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 MIGRATIONS: Final = Path(__file__).with_name("migrations")
 SCHEMA: Final = "0001"
@@ -49,9 +49,15 @@ class Txn:
         """Keep the connection."""
         self._connection = connection
 
-    def execute(self, statement: Executable) -> CursorResult[Any]:
-        """Run a statement."""
-        return self._connection.execute(statement)
+    def execute(
+        self, statement: Executable, parameters: Mapping[str, object] | None = None
+    ) -> CursorResult[Any]:
+        """Run a statement, with values for its bound parameters.
+
+        What every request runs is made once, as a constant with ``bindparam``: making it costs four times what running
+        it does.
+        """
+        return self._connection.execute(statement, parameters)
 
 
 class Store:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Row, delete, insert, select, update
+from sqlalchemy import Row, bindparam, delete, insert, select, update
 
 from kagimori_verifier.store import columns
 from kagimori_verifier.store.database import Txn
@@ -27,24 +27,47 @@ class Observation:
     pcrs: dict[str, dict[str, Any]]
 
 
+_THIS: Final = observation.c.session == bindparam("of")
+_INSERT: Final = insert(observation)
+_GET: Final = select(observation).where(_THIS)
+_CONFIRM: Final = update(observation).where(_THIS).values(confirmed=True)
+_VM_OF: Final = select(observation.c.vm_id).where(_THIS)
+_SAME: Final = (observation.c.vm_id == bindparam("vm"), observation.c.confirmed.is_(bindparam("proven")))
+_FORGET: Final = delete(observation).where(
+    *_SAME,
+    observation.c.session.not_in(
+        select(observation.c.session).where(*_SAME).order_by(observation.c.created.desc()).limit(KEPT)
+    ),
+)
+
+
 def add(txn: Txn, row: Observation) -> None:
     """Keep an observation, and forget the oldest of its kind beyond what is kept."""
-    txn.execute(insert(observation).values(asdict(row) | {"pcrs": columns.encode(row.pcrs)}))
+    txn.execute(
+        _INSERT,
+        {
+            "session": row.session,
+            "vm_id": row.vm_id,
+            "profile": row.profile,
+            "created": row.created,
+            "confirmed": row.confirmed,
+            "pcrs": columns.encode(row.pcrs),
+        },
+    )
     _forget_oldest(txn, row.vm_id, confirmed=row.confirmed)
 
 
 def confirm(txn: Txn, session: str) -> None:
     """A Confirm has verified: the AK behind this observation is proven."""
-    where = observation.c.session == session
-    txn.execute(update(observation).where(where).values(confirmed=True))
-    vm_id = txn.execute(select(observation.c.vm_id).where(where)).scalar_one_or_none()
+    txn.execute(_CONFIRM, {"of": session})
+    vm_id = txn.execute(_VM_OF, {"of": session}).scalar_one_or_none()
     if vm_id is not None:
         _forget_oldest(txn, vm_id, confirmed=True)
 
 
 def get(txn: Txn, session: str) -> Observation | None:
     """Give the observation of a session, or None."""
-    row = txn.execute(select(observation).where(observation.c.session == session)).one_or_none()
+    row = txn.execute(_GET, {"of": session}).one_or_none()
     return None if row is None else _observation(row)
 
 
@@ -55,9 +78,7 @@ def for_vm(txn: Txn, vm_id: str) -> tuple[Observation, ...]:
 
 
 def _forget_oldest(txn: Txn, vm_id: str, *, confirmed: bool) -> None:
-    same = (observation.c.vm_id == vm_id, observation.c.confirmed.is_(confirmed))
-    newest = select(observation.c.session).where(*same).order_by(observation.c.created.desc()).limit(KEPT)
-    txn.execute(delete(observation).where(*same, observation.c.session.not_in(newest)))
+    txn.execute(_FORGET, {"vm": vm_id, "proven": confirmed})
 
 
 def _observation(row: Row[Any]) -> Observation:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Final
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.store.database import Txn
@@ -20,6 +21,9 @@ class ProfileRow:
     created: int
 
 
+_GET: Final = select(profile).where(profile.c.name == bindparam("of"))
+
+
 def add(txn: Txn, row: ProfileRow) -> None:
     """Keep a new profile."""
     txn.execute(insert(profile).values(asdict(row)))
@@ -32,7 +36,7 @@ def replace(txn: Txn, name: str, policy: str) -> bool:
 
 def get(txn: Txn, name: str) -> ProfileRow | None:
     """Give a profile, or None."""
-    row = txn.execute(select(profile).where(profile.c.name == name)).one_or_none()
+    row = txn.execute(_GET, {"of": name}).one_or_none()
     return None if row is None else ProfileRow(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Final
 
 import sqlalchemy as sa
-from sqlalchemy import Table, select, update
+from sqlalchemy import Table, bindparam, select, update
 from sqlalchemy.exc import IntegrityError
 
 from kagimori_protocol.errors import OperatorError
@@ -42,36 +43,53 @@ class Redemption:
     outcome: Outcome | None
 
 
+_COLUMNS: Final = tuple(column.name for column in fields(Redemption))
+_THIS: Final = redemption.c.session_sha256 == bindparam("of")
+_FIND: Final = select(redemption).where(_THIS)
+_INSERT: Final = sa.insert(redemption)
+_STORE_ANSWER: Final = (
+    update(redemption).where(_THIS).values(answer=bindparam("answer"), confirm_key=bindparam("confirm_key"))
+)
+_SET_OUTCOME: Final = update(redemption).where(_THIS).values(outcome=bindparam("outcome"))
+_PURGE: Final = (
+    update(redemption)
+    .where(redemption.c.expires < bindparam("now"), redemption.c.answer.is_not(None))
+    .values(answer=None)
+)
+_FIRST: Final = {
+    table.name: select(table.c.session_sha256).where(table.c.report_id == bindparam("of")).limit(1)
+    for table in (direct_grant, opened_boot)
+}
+_INSERT_FIRST: Final = {table.name: sa.insert(table) for table in (direct_grant, opened_boot)}
+
+
 def find(txn: Txn, session_sha256: bytes) -> Redemption | None:
     """Give what a session was used for, or None."""
-    row = txn.execute(select(redemption).where(redemption.c.session_sha256 == session_sha256)).one_or_none()
+    row = txn.execute(_FIND, {"of": session_sha256}).one_or_none()
     return None if row is None else Redemption(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
 
 
 def insert(txn: Txn, row: Redemption) -> None:
     """Use a session. Raises AlreadyRedeemed if another transaction was first."""
     try:
-        txn.execute(sa.insert(redemption).values(asdict(row)))
+        txn.execute(_INSERT, {name: getattr(row, name) for name in _COLUMNS})
     except IntegrityError as error:
         raise AlreadyRedeemed("A session was used twice at once.", expected="one use", found="two") from error
 
 
 def store_answer(txn: Txn, session_sha256: bytes, answer: bytes, confirm_key: bytes) -> None:
     """Keep the answer, and its confirm key, wrapped."""
-    where = redemption.c.session_sha256 == session_sha256
-    txn.execute(update(redemption).where(where).values(answer=answer, confirm_key=confirm_key))
+    txn.execute(_STORE_ANSWER, {"of": session_sha256, "answer": answer, "confirm_key": confirm_key})
 
 
 def set_outcome(txn: Txn, session_sha256: bytes, outcome: Outcome) -> None:
     """Write down what became of an answer."""
-    where = redemption.c.session_sha256 == session_sha256
-    txn.execute(update(redemption).where(where).values(outcome=outcome))
+    txn.execute(_SET_OUTCOME, {"of": session_sha256, "outcome": outcome})
 
 
 def purge_answers(txn: Txn, now_s: int) -> None:
     """Drop the answers of sessions that have expired: nobody can ask for them again."""
-    where = (redemption.c.expires < now_s, redemption.c.answer.is_not(None))
-    txn.execute(update(redemption).where(*where).values(answer=None))
+    txn.execute(_PURGE, {"now": now_s})
 
 
 def claim_direct_grant(
@@ -106,12 +124,11 @@ def _first(  # noqa: PLR0913 - the columns
             "report_id": report_id,
             "session_sha256": session_sha256,
         }
-        txn.execute(sa.insert(table).values(values))
+        txn.execute(_INSERT_FIRST[table.name], values)
     return owner in {None, session_sha256}
 
 
 def _first_session(txn: Txn, table: Table, report_id: bytes) -> bytes | None:
     """Give the session that a table of boots knows for a REPORT_ID, or None."""
-    statement = select(table.c.session_sha256).where(table.c.report_id == report_id).limit(1)
-    found: bytes | None = txn.execute(statement).scalar_one_or_none()
+    found: bytes | None = txn.execute(_FIRST[table.name], {"of": report_id}).scalar_one_or_none()
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Final, cast
 
-from sqlalchemy import Row, delete, insert, select
+from sqlalchemy import Row, bindparam, delete, insert, select
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import Kind
@@ -45,6 +45,22 @@ class BootStateRow:
     id: int = 0
 
 
+_MEASUREMENT: Final = select(schema.measurement).where(
+    schema.measurement.c.profile == bindparam("of"), schema.measurement.c.digest == bindparam("value")
+)
+_VMS_OF: Final = (
+    select(schema.vm.c.vm_id)
+    .join(schema.measurement, schema.measurement.c.profile == schema.vm.c.profile)
+    .where(schema.measurement.c.digest == bindparam("value"))
+    .limit(MOST_VMS)
+)
+_BOOT_STATES: Final = (
+    select(schema.boot_state)
+    .where(schema.boot_state.c.owner_kind == bindparam("kind"), schema.boot_state.c.owner == bindparam("of"))
+    .order_by(schema.boot_state.c.id)
+)
+
+
 def add_measurement(txn: Txn, row: MeasurementRow) -> None:
     """Keep a measurement. Raises OperatorError if another profile knows it as another kind: it has only one."""
     kinds = (
@@ -66,20 +82,13 @@ def add_measurement(txn: Txn, row: MeasurementRow) -> None:
 
 def measurement(txn: Txn, profile: str, digest: bytes) -> MeasurementRow | None:
     """Give the measurement of a profile, or None."""
-    where = (schema.measurement.c.profile == profile, schema.measurement.c.digest == digest)
-    row = txn.execute(select(schema.measurement).where(*where)).one_or_none()
+    row = txn.execute(_MEASUREMENT, {"of": profile, "value": digest}).one_or_none()
     return None if row is None else _measurement(row)
 
 
 def vms_of(txn: Txn, digest: bytes) -> frozenset[str]:
     """Give the ids of VMs whose profile knows a measurement, a few of them: who asks wants to know of more than one."""
-    statement = (
-        select(schema.vm.c.vm_id)
-        .join(schema.measurement, schema.measurement.c.profile == schema.vm.c.profile)
-        .where(schema.measurement.c.digest == digest)
-        .limit(MOST_VMS)
-    )
-    return frozenset(txn.execute(statement).scalars())
+    return frozenset(txn.execute(_VMS_OF, {"value": digest}).scalars())
 
 
 def measurements(txn: Txn, profile: str | None = None) -> tuple[MeasurementRow, ...]:
@@ -108,8 +117,7 @@ def add_boot_state(txn: Txn, row: BootStateRow) -> int:
 
 def boot_states(txn: Txn, owner_kind: str, owner: str) -> tuple[BootStateRow, ...]:
     """Give the boot states of a profile or a VM, oldest first."""
-    where = (schema.boot_state.c.owner_kind == owner_kind, schema.boot_state.c.owner == owner)
-    rows = txn.execute(select(schema.boot_state).where(*where).order_by(schema.boot_state.c.id))
+    rows = txn.execute(_BOOT_STATES, {"kind": owner_kind, "of": owner})
     return tuple(_boot_state(row) for row in rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from sqlalchemy import delete, func, insert, select
+from sqlalchemy import bindparam, delete, func, insert, select
 
 from kagimori_verifier.store.database import Txn
 from kagimori_verifier.store.schema import refusal
@@ -28,13 +28,18 @@ class Refusal:
     id: int = 0
 
 
+_INSERT: Final = insert(refusal)
+_FORGET: Final = delete(refusal).where(
+    refusal.c.id <= select(func.max(refusal.c.id)).scalar_subquery() - bindparam("most")
+)
+
+
 def note(txn: Txn, row: Refusal) -> None:
     """Keep a refusal, and forget the oldest beyond MAX_REFUSALS."""
     values = asdict(row)
     del values["id"]
-    txn.execute(insert(refusal).values(values))
-    newest = select(func.max(refusal.c.id)).scalar_subquery()
-    txn.execute(delete(refusal).where(refusal.c.id <= newest - MAX_REFUSALS))
+    txn.execute(_INSERT, values)
+    txn.execute(_FORGET, {"most": MAX_REFUSALS})
 
 
 def newest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Final
 
 from sqlalchemy import delete, insert, select
 
@@ -20,6 +21,9 @@ class RootRow:
     created: int
 
 
+_ALL: Final = select(root).order_by(root.c.created)
+
+
 def add(txn: Txn, row: RootRow) -> None:
     """Trust a root."""
     txn.execute(insert(root).values(asdict(row)))
@@ -32,5 +36,5 @@ def remove(txn: Txn, spki_sha256: bytes) -> bool:
 
 def all(txn: Txn) -> tuple[RootRow, ...]:  # noqa: A001 - read as roots.all
     """Give all of them, oldest first."""
-    rows = txn.execute(select(root).order_by(root.c.created))
+    rows = txn.execute(_ALL)
     return tuple(RootRow(**row._mapping) for row in rows)  # noqa: SLF001 - SQLAlchemy's public name for it

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import Row, delete, insert, select
+from sqlalchemy import Row, bindparam, delete, insert, select
 
 from kagimori_protocol.messages import Purpose
 from kagimori_verifier.store import columns, schema
@@ -39,6 +39,13 @@ class VolumeRow:
     created: int
 
 
+_GET: Final = select(schema.vm).where(schema.vm.c.vm_id == bindparam("of"))
+_VOLUMES: Final = (
+    select(schema.volume).where(schema.volume.c.vm_id == bindparam("of")).order_by(schema.volume.c.created)
+)
+_IN_STATE: Final = _VOLUMES.where(schema.volume.c.state == bindparam("in_state"))
+
+
 def add(txn: Txn, row: VmRow) -> None:
     """Keep a new VM."""
     txn.execute(insert(schema.vm).values(_values(row)))
@@ -46,7 +53,7 @@ def add(txn: Txn, row: VmRow) -> None:
 
 def get(txn: Txn, vm_id: str) -> VmRow | None:
     """Give a VM, or None."""
-    row = txn.execute(select(schema.vm).where(schema.vm.c.vm_id == vm_id)).one_or_none()
+    row = txn.execute(_GET, {"of": vm_id}).one_or_none()
     return None if row is None else _vm(row)
 
 
@@ -79,10 +86,8 @@ def add_volume(txn: Txn, row: VolumeRow) -> None:
 
 def volumes(txn: Txn, vm_id: str, *, state: str | None = "active") -> tuple[VolumeRow, ...]:
     """Give a VM's volumes in one state, or in any (None), oldest first."""
-    statement = select(schema.volume).where(schema.volume.c.vm_id == vm_id).order_by(schema.volume.c.created)
-    if state is not None:
-        statement = statement.where(schema.volume.c.state == state)
-    return tuple(VolumeRow(**row._mapping) for row in txn.execute(statement))  # noqa: SLF001 - SQLAlchemy's public name for it
+    found = txn.execute(_VOLUMES if state is None else _IN_STATE, {"of": vm_id, "in_state": state})
+    return tuple(VolumeRow(**row._mapping) for row in found)  # noqa: SLF001 - SQLAlchemy's public name for it
 
 
 def set_volume_state(txn: Txn, vm_id: str, uuid: str, version: int, state: str) -> None:
