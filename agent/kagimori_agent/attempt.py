@@ -128,7 +128,7 @@ def _attempt(
                 version=messages.VERSION,
                 hello=hello,
                 challenges=[messages.SignedChallenge(key=one.key, challenge=one.body) for one in challenged],
-                **attester.collect(t0, challenged[0].challenge.pcr_selection),
+                **attester.collect(t0, challenged[0].challenge.pcr_selection, budget.remaining_s()),
             )
         )
         say("evidence collected, asking for the answer")

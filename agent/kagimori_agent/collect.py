@@ -6,14 +6,18 @@ quote. Both kinds have the same three questions asked of them; what a kind has n
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from kagimori_agent.devices.report import within
 from kagimori_protocol import messages, transcript
 from kagimori_protocol.errors import HardwareError, PeerError
 
 if TYPE_CHECKING:
     from kagimori_agent.devices.configfs_tsm import ConfigfsTsm
+    from kagimori_agent.devices.doors import HostCertificates
+    from kagimori_agent.devices.report import PlainDoor
     from kagimori_agent.devices.vtpm import Vtpm
     from kagimori_protocol.messages import Credential, Kind
 
@@ -39,11 +43,11 @@ class Attester(Protocol):
     def prepare(self) -> Prepared:
         """Make fresh keys, in place of earlier ones. Raises ImageError or HardwareError."""
 
-    def collect(self, t0: bytes, pcr_selection: bytes) -> dict[str, Any]:
+    def collect(self, t0: bytes, pcr_selection: bytes, wait_s: float) -> dict[str, Any]:
         """Answer the challenges behind ``t0``: the fields of an Evidence that this kind has, by their names.
 
-        Raises ImageError or HardwareError. One report is requested: hosts throttle, and a failed request can cost
-        the VM its report key.
+        Raises ImageError or HardwareError; the latter also when the report door has not answered within ``wait_s``
+        seconds. One report is requested: hosts throttle, and a failed request can cost the VM its report key.
         """
 
     def open_credential(self, credential: Credential | None) -> bytes | None:
@@ -55,9 +59,15 @@ class SvsmVtpm:
 
     kind: Kind = "svsm-vtpm"
 
-    def __init__(self, tsm: ConfigfsTsm, vtpm: Vtpm, cap_pcr: int) -> None:
-        """Use an open TPM and the report door; ``cap_pcr`` is the PCR that this agent will close the door by."""
+    def __init__(
+        self, tsm: ConfigfsTsm, vtpm: Vtpm, cap_pcr: int, certificates: HostCertificates | None = None
+    ) -> None:
+        """Use an open TPM and the report door; ``cap_pcr`` is the PCR that this agent will close the door by.
+
+        ``certificates`` is where to look for the host's where the SVSM passes none on.
+        """
         self._tsm = tsm
+        self._certificates = certificates
         self._cap_pcr = cap_pcr
         self._vtpm = vtpm
         self._ek_public = b""
@@ -67,10 +77,11 @@ class SvsmVtpm:
         self._ek_public, ak_public = self._vtpm.make_keys()
         return Prepared(self._ek_public, ak_public, (self._vtpm.random(TPM_ENTROPY_BYTES),))
 
-    def collect(self, t0: bytes, pcr_selection: bytes) -> dict[str, Any]:
+    def collect(self, t0: bytes, pcr_selection: bytes, wait_s: float) -> dict[str, Any]:
         """Take the SVSM's report with its manifest, then a quote that commits to both, then the event log."""
         self._require_cap_looked_at(pcr_selection)
-        told = self._tsm.service_report(transcript.svsm_nonce(t0), VTPM_SERVICE)
+        until = time.monotonic() + wait_s
+        told = within(wait_s, lambda: self._tsm.service_report(transcript.svsm_nonce(t0), VTPM_SERVICE))
         if told.manifest != self._ek_public:
             raise HardwareError(
                 "The SVSM vouches for another TPM than the one that this agent uses.",
@@ -82,10 +93,13 @@ class SvsmVtpm:
         quote = self._vtpm.quote(
             transcript.quote_qualifying_data(t0, told.report, told.manifest), pcr_selection
         )
+        certificates = told.certificates
+        if not any(certificates) and self._certificates is not None:
+            certificates = self._certificates.get(until - time.monotonic())
         return {
             "report": told.report,
             "manifest": told.manifest,
-            "certificates": told.certificates,
+            "certificates": certificates,
             "quote": messages.Quote(attest=quote.attest, signature=quote.signature),
             "pcrs": [messages.PcrValue(index=index, digest=digest) for index, digest in quote.pcrs],
             "event_log": self._vtpm.event_log(),
@@ -125,17 +139,17 @@ class SnpDirect:
 
     kind: Kind = "snp-direct"
 
-    def __init__(self, tsm: ConfigfsTsm) -> None:
-        """Use the report door."""
-        self._tsm = tsm
+    def __init__(self, door: PlainDoor) -> None:
+        """Use a report door."""
+        self._door = door
 
     def prepare(self) -> Prepared:
         """There is nothing to prepare."""
         return Prepared()
 
-    def collect(self, t0: bytes, pcr_selection: bytes) -> dict[str, Any]:  # noqa: ARG002 - this kind quotes no PCRs
+    def collect(self, t0: bytes, pcr_selection: bytes, wait_s: float) -> dict[str, Any]:  # noqa: ARG002 - this kind quotes no PCRs
         """Take one report over the tie."""
-        told = self._tsm.plain_report(transcript.direct_report_data(t0))
+        told = within(wait_s, lambda: self._door.plain_report(transcript.direct_report_data(t0)))
         return {"report": told.report, "certificates": told.certificates}
 
     def open_credential(self, credential: Credential | None) -> bytes | None:

@@ -87,6 +87,12 @@ class Tsm(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     root: Path = Path("/sys/kernel/config/tsm")
 
 
+class SevGuest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the kernel's other report door (the device of its driver sev-guest) is."""
+
+    device: Path = Path("/dev/sev-guest")
+
+
 class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How long things may take; all in seconds.
 
@@ -129,14 +135,20 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """All of agent.toml. ``kind`` is a hint only; without volumes, nothing but a dry-run makes sense."""
+    """All of agent.toml. ``kind`` is a hint only; without volumes, nothing but a dry-run makes sense.
+
+    ``report_door`` is where reports are asked for: "auto" is configfs-tsm where it exists, else sev-guest. A report of kind
+    ``svsm-vtpm`` comes through configfs-tsm only; sev-guest then serves certificates, where the SVSM passes none on.
+    """
 
     vm_id: VmId
     kind: Kind = "svsm-vtpm"
+    report_door: Literal["auto", "configfs-tsm", "sev-guest"] = "auto"
     verifiers: Annotated[list[Verifier], Meta(min_length=1, max_length=8)]
     volumes: Annotated[list[Volume], Meta(max_length=16)] = []
     tpm: Tpm = Tpm()
     tsm: Tsm = Tsm()
+    sev_guest: SevGuest = SevGuest()
     limits: Limits = Limits()
     boot: Boot = Boot()
     network: Network = Network()
@@ -147,6 +159,7 @@ _TABLES: Final[dict[str, type[Struct]]] = {
     "volumes": Volume,
     "tpm": Tpm,
     "tsm": Tsm,
+    "sev_guest": SevGuest,
     "limits": Limits,
     "boot": Boot,
     "network": Network,
@@ -324,6 +337,7 @@ def _require_absolute_paths(config: Config) -> None:
     paths = {
         "tpm.event_log": config.tpm.event_log,
         "tsm.root": config.tsm.root,
+        "sev_guest.device": config.sev_guest.device,
         **{f"verifiers.ca_file of {one.name}": one.ca_file for one in config.verifiers},
         **{f"volumes.device of {one.name}": one.device for one in config.volumes},
     }
@@ -334,6 +348,12 @@ def _require_absolute_paths(config: Config) -> None:
 
 def _require_sense(config: Config) -> None:
     tpm, limits = config.tpm, config.limits
+    if config.kind == "svsm-vtpm" and config.report_door == "sev-guest":
+        raise _wrong(
+            "config.report-door",
+            'report_door "auto" or "configfs-tsm" for kind svsm-vtpm: only there an SVSM can be asked',
+            "sev-guest",
+        )
     if (tpm.tcti is None) != (tpm.event_log is None):
         raise _wrong("config.tcti", "tpm.tcti and tpm.event_log together, or neither", "only one of them")
     if not limits.connect_s <= limits.attempt_s <= limits.boot_budget_s:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from kagimori_agent import config as configuration
 from kagimori_agent import luks
+from kagimori_agent.devices import doors
 from kagimori_agent.devices.tpm_places import Place, by_driver, read_event_log
 from kagimori_protocol.errors import ImageError, KagimoriError, NetworkError
 
@@ -32,9 +33,8 @@ KERNEL_OPTIONS: Final = {
     "CONFIG_TCG_SVSM": ("6.16", "the driver of the SVSM's vTPM"),
     "CONFIG_DM_CRYPT": ("2.6", "the mapping of encrypted volumes"),
 }
-"""Kernel options that an unlock of kind ``svsm-vtpm`` needs: since which release, and what for."""
+"""Kernel options that an unlock needs: since which release, and what for. ``_is_needed`` tells when they are not."""
 
-_SVSM_ONLY: Final = frozenset({"CONFIG_TCG_SVSM"})
 _RESOLVE_TODO: Final = "Give the verifier's address in agent.toml, or a resolver to the early boot."
 _CONNECT_S: Final = 3
 _HTTP_PORTS: Final = {"http": 80, "https": 443}
@@ -91,9 +91,9 @@ def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
     findings.append(Finding(f"configuration {path}", f"VM {config.vm_id}, {len(config.verifiers)} verifiers"))
     look("kernel command line", _command_line, root)
     for option, (since, purpose) in KERNEL_OPTIONS.items():
-        if option not in _SVSM_ONLY or (config.kind == "svsm-vtpm" and config.tpm.tcti is None):
+        if _is_needed(option, config):
             look(f"kernel option {option}", _kernel_option, root, option, since, purpose)
-    look("report door", _report_door, config.tsm.root)
+    look("report door", _report_door, config)
     if config.kind == "svsm-vtpm":
         look("vTPM", _tpm_name, config, root)
         look("event log", _event_log, config, root)
@@ -102,6 +102,17 @@ def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
         look(f"name of verifier {verifier.name}", _resolve, verifier)
         look(f"verifier {verifier.name}", _reach, verifier)
     return findings
+
+
+def _is_needed(option: str, config: Config) -> bool:
+    """Tell whether an unlock would need a kernel option; what is not known to be superfluous is."""
+    if option == "CONFIG_TCG_SVSM":
+        return config.kind == "svsm-vtpm" and config.tpm.tcti is None
+    if option == "CONFIG_TSM_REPORTS":
+        present = doors.existing(config.tsm.root, config.sev_guest.device)
+        superfluous = config.report_door == "auto" and present == [doors.SEV_GUEST]
+        return config.kind == "svsm-vtpm" or not (config.report_door == doors.SEV_GUEST or superfluous)
+    return True
 
 
 def _command_line(root: Path) -> str:
@@ -147,15 +158,25 @@ def _kernel_config(root: Path) -> dict[str, str]:
     return {}
 
 
-def _report_door(tsm: Path) -> str:
-    if (tsm / "report").is_dir():
-        return str(tsm / "report")
-    mounted = tsm.parent.is_dir() and any(tsm.parent.iterdir())
+def _report_door(config: Config) -> str:
+    """Name the door that an unlock would use, and which ones this kernel has."""
+    tsm, device = config.tsm.root, config.sev_guest.device
+    found = doors.existing(tsm, device)
+    svsm = config.kind == "svsm-vtpm"  # an SVSM is asked through configfs-tsm only
+    door = doors.CONFIGFS_TSM if svsm else doors.choose(config.report_door, tsm, device)
+    if door in found:
+        others = ", ".join(f"there is {name}, too" for name in found if name != door)
+        return "; ".join(filter(None, (f"{door} is used", others)))
+    if door == doors.SEV_GUEST:
+        there = "nothing there"
+    else:
+        mounted = tsm.parent.is_dir() and any(tsm.parent.iterdir())
+        there = "configfs without tsm" if mounted else f"nothing in {tsm.parent}"
     raise ImageError(
-        "There is no report door.",
+        f"There is no report door {door}.",
         code="doctor.report-door",
-        expected=f"the directory {tsm / 'report'}",
-        found="configfs without tsm" if mounted else f"nothing in {tsm.parent}",
+        expected=str(device) if door == doors.SEV_GUEST else f"the directory {tsm / 'report'}",
+        found="; ".join([there, *(f"but {name} is there" for name in found)]),
         todo="modprobe sev-guest, where this is an SEV-SNP guest; else: mount -t configfs configfs /sys/kernel/config",
     )
 

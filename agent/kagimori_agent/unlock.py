@@ -18,7 +18,7 @@ from kagimori_agent.budget import Budget
 from kagimori_agent.cap import cap
 from kagimori_agent.collect import Attester, SnpDirect, SvsmVtpm
 from kagimori_agent.config import check_command_line
-from kagimori_agent.devices import device_class
+from kagimori_agent.devices import device_class, doors
 from kagimori_protocol import messages, transcript
 from kagimori_protocol.errors import (
     DiskError,
@@ -85,7 +85,7 @@ def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -
 def dry_run(config: Config, say: Callable[[str], None]) -> tuple[Verdict, Answered]:
     """Ask for the verdict on this boot as it is; no key travels, no PCR changes. Raises as ``attest`` does."""
     _require_command_line()
-    with attester(config) as one:
+    with attester(config, say) as one:
         answered = attest(config, one, "dry-run", Budget(config.limits.boot_budget_s), say)
     if not isinstance(answered.payload, Verdict):
         raise PeerError(
@@ -105,18 +105,22 @@ def cap_boot(config: Config) -> list[Capped]:
 
 
 @contextlib.contextmanager
-def attester(config: Config) -> Iterator[Attester]:
+def attester(config: Config, say: Callable[[str], None]) -> Iterator[Attester]:
     """Open the devices that this kind of evidence needs; the network library loads meanwhile."""
     threading.Thread(target=exchange.preload, daemon=True).start()
-    tsm = device_class("configfs-tsm")(config.tsm.root)
+    root, device = config.tsm.root, config.sev_guest.device
     if config.kind == "snp-direct":
-        yield SnpDirect(tsm)
+        door = doors.choose(config.report_door, root, device)
+        say(f"report door: {door}, of {', '.join(doors.existing(root, device)) or 'none'}")
+        yield SnpDirect(doors.open_plain(door, root, device))
         return
+    tsm = device_class(doors.CONFIGFS_TSM)(root)
     device_class("vtpm")
     from kagimori_agent.devices.vtpm import open_vtpm  # noqa: PLC0415 - loads the TPM library; only this kind needs it
 
     with open_vtpm(driver=config.tpm.driver, tcti=config.tpm.tcti, event_log=config.tpm.event_log) as vtpm:
-        yield SvsmVtpm(tsm, vtpm, config.tpm.cap_pcr)
+        certificates = doors.HostCertificates(device, tsm.guest_vmpl, say)
+        yield SvsmVtpm(tsm, vtpm, config.tpm.cap_pcr, certificates)
 
 
 class KeyRefused(Refused):
@@ -151,7 +155,7 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
             found="none",
         )
     _require_command_line()
-    with attester(config) as one:
+    with attester(config, say) as one:
         answered = attest(config, one, "unlock", Budget(config.limits.boot_budget_s), say)
     try:
         keys = _require_keys(answered)

@@ -21,6 +21,7 @@ from kagimori_protocol.errors import HardwareError
 from kagimori_protocol.snp import REPORT_DATA_SIZE
 from kagimori_simulator import fuse_mount
 from kagimori_simulator.machine import HIGHEST_VMPL, certificate_extent
+from kagimori_simulator.sev_guest import SevGuest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,9 +149,7 @@ class ReportItem:
             _refuse(errno.EINVAL)
         try:
             if self.service_provider is None:
-                machine = self.tsm.machine
-                report = machine.report(self.inblob, self.privlevel, vmpck=machine.guest_vmpl)
-                table = machine.certificate_table()
+                report, table = self.tsm.driver.report_new(self.inblob, self.privlevel)
                 return {"outblob": report, "manifestblob": b"", "auxblob": table[: certificate_extent(table)]}
             svsm = self.tsm.svsm
             if self.service_provider != SERVICE_PROVIDER or svsm is None:
@@ -172,6 +171,7 @@ class ConfigfsTsm:
 
     ``provider``: None once the driver has gone (ENXIO). ``failures``: attribute name to the errno that it answers.
     ``after_show``: called with item and attribute name after each read, as a host has time to act there.
+    ``driver``: sev-guest, whose state and patience can be set; it serves the device node of this guest, too.
     ``hide_empty_auxblob``: whether an empty auxblob is no file at all, or an empty one as in current kernels.
     """
 
@@ -182,6 +182,11 @@ class ConfigfsTsm:
     after_show: Callable[[ReportItem, str], None] | None = None
     hide_empty_auxblob: bool = False
     items: dict[str, ReportItem] = field(default_factory=dict, init=False)
+    driver: SevGuest = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Load the driver that plain reports go through, as those of /dev/sev-guest do."""
+        self.driver = SevGuest(self.machine)
 
     @contextlib.contextmanager
     def mounted(self, directory: Path) -> Iterator[Path]:

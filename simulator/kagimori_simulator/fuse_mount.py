@@ -199,7 +199,7 @@ def mounted(files: Files, directory: Path) -> Iterator[None]:
             files.ready.set()
 
     thread = threading.Thread(target=serve, name="kagimori-configfs", daemon=True)
-    with _unmounted_at_end(directory):
+    with unmounted_at_end(directory):
         thread.start()
         if not files.ready.wait(_READY_S) or trouble:
             raise HardwareError(
@@ -216,7 +216,7 @@ def mounted(files: Files, directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unmounted_at_end(directory: Path) -> Iterator[None]:
+def unmounted_at_end(directory: Path) -> Iterator[None]:
     """Let a watcher unmount when its pipe from us closes: at the end of the block, or at our death, however it comes."""
     script = 'read -r _; fusermount3 -u -z -q "$1"'
     quiet = subprocess.DEVNULL

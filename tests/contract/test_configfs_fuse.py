@@ -333,13 +333,26 @@ def test_a_chosen_failure_comes_through(plain: tuple[ConfigfsTsm, Path]) -> None
         write(item / "privlevel", b"0")
 
 
-def test_a_blob_beyond_32_kib_is_efbig(plain: tuple[ConfigfsTsm, Path]) -> None:
-    """TSM_REPORT_OUTBLOB_MAX, seen from a host with a monstrous table."""
-    tsm, item = plain
+def test_a_blob_beyond_32_kib_is_efbig(under_svsm: tuple[ConfigfsTsm, Path]) -> None:
+    """TSM_REPORT_OUTBLOB_MAX, seen from a host with a monstrous table: for an SVSM's answer the kernel's buffer grows."""
+    tsm, item = under_svsm
     tsm.machine.certificates = {uuid.uuid4(): bytes(0x8000)}
+    write(item / "service_provider", b"svsm")
+    write(item / "service_guid", str(VTPM_SERVICE).encode())
     write(item / "inblob", INBLOB)
     with refused(errno.EFBIG):
         read(item / "auxblob")
+    assert len(read(item / "outblob")) == REPORT_SIZE
+
+
+def test_a_plain_report_with_more_than_16_kib_of_certificates_is_eio(plain: tuple[ConfigfsTsm, Path]) -> None:
+    """The buffer of a plain report does not grow, and configfs-tsm knows no report without certificates."""
+    tsm, item = plain
+    tsm.machine.certificates = {uuid.uuid4(): bytes(0x4000)}
+    write(item / "inblob", INBLOB)
+    with refused(errno.EIO):
+        read(item / "outblob")
+    tsm.machine.certificates = None
     assert len(read(item / "outblob")) == REPORT_SIZE
 
 

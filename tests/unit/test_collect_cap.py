@@ -24,7 +24,7 @@ def test_a_verifier_that_does_not_look_at_our_cap_gets_no_evidence(looked_at: li
     door: Any = _Door()
     attester = SvsmVtpm(door, door, cap_pcr=15)
     with pytest.raises(PeerError) as caught:
-        attester.collect(bytes(64), pcr_selection(looked_at))
+        attester.collect(bytes(64), pcr_selection(looked_at), 10)
     assert caught.value.code == "challenge.cap-pcr"
 
 
@@ -32,11 +32,11 @@ def test_a_selection_that_cannot_be_read_gets_no_evidence_either() -> None:
     """It came from the network, signed or not."""
     door: Any = _Door()
     with pytest.raises(Malformed):
-        SvsmVtpm(door, door, cap_pcr=15).collect(bytes(64), b"\x00\x00\x00\x01")
+        SvsmVtpm(door, door, cap_pcr=15).collect(bytes(64), b"\x00\x00\x00\x01", 10)
 
 
 def test_a_verifier_that_looks_at_our_cap_gets_its_evidence() -> None:
     """The report is requested next."""
     door: Any = _Door()
     with pytest.raises(AssertionError, match="a report was requested"):
-        SvsmVtpm(door, door, cap_pcr=15).collect(bytes(64), pcr_selection([0, 15]))
+        SvsmVtpm(door, door, cap_pcr=15).collect(bytes(64), pcr_selection([0, 15]), 10)

@@ -7,6 +7,7 @@ a kernel to misbehave.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from kagimori_agent.devices import configfs_tsm, device_class, tsm_entry
 from kagimori_agent.devices.configfs_tsm import MAX_ATTEMPTS, ROOT, ConfigfsTsm
+from kagimori_agent.devices.report import KeyWiped
 from kagimori_agent.devices.tsm_entry import BLOB_LIMIT, GenerationChanged
 from kagimori_protocol.errors import HardwareError, ImageError, KagimoriError, UsageError
 
@@ -28,9 +30,18 @@ if TYPE_CHECKING:
     from pyfakefs.fake_filesystem import FakeFilesystem
 
 DATA = bytes(range(64))
-REPORT = bytes([7]) * 1184
 CERTIFICATES = b"table" * 100
 MANIFEST = bytes([9]) * 314
+REPORT_DATA_AT = 0x50
+
+
+def report_over(report_data: bytes) -> bytes:
+    """Make 1184 bytes with this REPORT_DATA."""
+    return (bytes([7]) * REPORT_DATA_AT + report_data).ljust(1184, bytes([7]))
+
+
+REPORT = report_over(DATA)
+SERVICE_REPORT = report_over(hashlib.sha512(DATA + MANIFEST).digest())
 VTPM = uuid.UUID("c476f1eb-0123-45a5-9641-b4e7dde5bfe3")
 SERVICE = ("service_provider", "service_guid", "service_manifest_version", "manifestblob")
 
@@ -144,6 +155,7 @@ def kernel(fs: FakeFilesystem, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def svsm_kernel(kernel: Kernel) -> Kernel:
     """Give a kernel at VMPL 2 above an SVSM."""
     kernel.svsm, kernel.floor = True, 2
+    kernel.blobs["outblob"] = SERVICE_REPORT
     return kernel
 
 
@@ -162,6 +174,7 @@ def test_a_plain_report_is_one_write_of_64_bytes_and_three_blobs(kernel: Kernel)
 
 def test_under_an_svsm_a_plain_report_asks_for_the_guests_own_vmpl(svsm_kernel: Kernel) -> None:
     """The default 0 would fail there, so the floor is written."""
+    svsm_kernel.blobs["outblob"] = REPORT
     tsm().plain_report(DATA)
     assert svsm_kernel.writes == [("privlevel", b"2"), ("inblob", DATA)]
 
@@ -183,7 +196,7 @@ def test_a_host_without_certificates_gives_an_empty_table(kernel: Kernel, certif
 def test_a_service_report_names_service_and_version_before_the_nonce(svsm_kernel: Kernel) -> None:
     """The SVSM is asked for one service's manifest, and inblob comes last."""
     answer = tsm().service_report(DATA, VTPM)
-    assert (answer.report, answer.manifest, answer.certificates) == (REPORT, MANIFEST, CERTIFICATES)
+    assert (answer.report, answer.manifest, answer.certificates) == (SERVICE_REPORT, MANIFEST, CERTIFICATES)
     assert svsm_kernel.writes == [
         ("service_provider", b"svsm"),
         ("service_guid", str(VTPM).encode()),
@@ -245,6 +258,22 @@ def test_each_errno_has_a_name_and_a_remedy_and_is_not_tried_again(
     assert errno.errorcode[number] in str(error.found)
     assert kernel.entries == (0 if where == "mkdir" else 1)
     assert kernel.left == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOTTY, errno.ETIMEDOUT, errno.EBADMSG])
+def test_a_key_that_is_gone_is_an_error_of_its_own_kind(kernel: Kernel, number: int) -> None:
+    """It is final: whoever waits or asks again waits for nothing."""
+    kernel.failures["read outblob"] = number
+    with pytest.raises(KeyWiped, match="Power the VM off"):
+        tsm().plain_report(DATA)
+
+
+def test_the_guests_own_vmpl_is_the_floor(svsm_kernel: Kernel) -> None:
+    """Asked without a request: nothing is written, and nothing is left."""
+    assert tsm().guest_vmpl() == 2
+    svsm_kernel.floor = None
+    assert tsm().guest_vmpl() == 0
+    assert (svsm_kernel.writes, svsm_kernel.left) == ([], [])
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
@@ -346,6 +375,18 @@ def test_a_blob_without_end_is_not_read_to_its_end(svsm_kernel: Kernel, name: st
     with pytest.raises(HardwareError) as caught:
         tsm().service_report(DATA, VTPM)
     assert caught.value.code == "tsm.too-big"
+
+
+@pytest.mark.parametrize("wrong", [DATA, bytes(64), hashlib.sha512(MANIFEST + DATA).digest()])
+def test_a_service_report_over_anything_but_nonce_and_manifest_is_refused(
+    svsm_kernel: Kernel, wrong: bytes
+) -> None:
+    """Then it is no answer of this SVSM to this request."""
+    svsm_kernel.blobs["outblob"] = report_over(wrong)
+    with pytest.raises(HardwareError) as caught:
+        tsm().service_report(DATA, VTPM)
+    assert caught.value.code == "report.other-data"
+    assert svsm_kernel.entries == 1
 
 
 def test_an_svsm_without_a_manifest_is_refused(svsm_kernel: Kernel) -> None:

@@ -1,7 +1,7 @@
 """The agent's doors to hardware: one module each, found by name and imported only when used.
 
 An initramfs carries what a kind of evidence needs and no more, so a door that is not opened must cost
-nothing. Import budget of this module: ``importlib`` and the error tree. ``configfs_tsm`` and ``tpm_places``
+nothing. Import budget of this module: ``importlib`` and the error tree. ``configfs_tsm``, ``sev_guest`` and ``tpm_places``
 add the standard library only; ``vtpm`` alone loads tpm2-pytss, and with it ``cryptography`` (about 0.1 s, and
 1.8 s in an emulated VM).
 """
@@ -15,6 +15,7 @@ from kagimori_protocol.errors import ImageError, UsageError
 
 DEVICES: Final[dict[str, str]] = {
     "configfs-tsm": "kagimori_agent.devices.configfs_tsm:ConfigfsTsm",
+    "sev-guest": "kagimori_agent.devices.sev_guest:SevGuest",
     "vtpm": "kagimori_agent.devices.vtpm:Vtpm",
 }
 """Name of a door -> "module:Class"; nothing outside this table is a door."""

@@ -30,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from kagimori_agent.devices.report import PlainReport, require_over
 from kagimori_agent.devices.tsm_entry import Entry, GenerationChanged, explain
+from kagimori_protocol import transcript
 from kagimori_protocol.errors import HardwareError, ImageError, UsageError
 from kagimori_protocol.snp import REPORT_DATA_SIZE
 
@@ -46,19 +48,6 @@ MAX_ATTEMPTS: Final = 3
 _MANIFEST_VERSION_MAX: Final = 0xFFFFFFFF
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class PlainReport:
-    """A report over data of the guest's choice.
-
-    ``report`` is 1184 bytes as AMD's firmware made them; ``certificates`` the host's certificate table, empty
-    when it gave none, and never to be trusted; ``provider`` the kernel's name of the door ("sev_guest").
-    """
-
-    report: bytes
-    certificates: bytes
-    provider: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +87,7 @@ class ConfigfsTsm:
             report = entry.report()
             certificates = entry.optional_blob("auxblob")
             entry.require_generation("auxblob")
+            require_over(report, report_data)
             return PlainReport(report, certificates, provider)
 
         return self._ask(ask)
@@ -140,9 +130,15 @@ class ConfigfsTsm:
                     found="an empty manifestblob",
                     todo="Use an SVSM build with this service (COCONUT: FEATURES=vtpm).",
                 )
+            require_over(report, transcript.svsm_report_data(nonce, manifest))
             return ServiceReport(report, manifest, certificates)
 
         return self._ask(ask)
+
+    def guest_vmpl(self) -> int:
+        """Tell the strongest VMPL that this guest may name: its own; 0 where the kernel knows no floor. Raises as above."""
+        with self._entry() as entry:
+            return entry.privlevel_floor() or 0
 
     def _ask(self, ask: Callable[[Entry], T]) -> T:
         """Make the request in a directory of its own; again in a fresh one only if the generation changed."""

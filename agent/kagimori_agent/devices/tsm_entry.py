@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
+from kagimori_agent.devices.report import DEAD_KEY, KeyWiped, Meaning
 from kagimori_protocol.errors import HardwareError, ImageError, KagimoriError, UsageError
 from kagimori_protocol.snp import REPORT_SIZE
 
@@ -39,67 +40,60 @@ class GenerationChanged(HardwareError):
     default_code = "tsm.generation"
 
 
-class _Meaning(NamedTuple):
-    code: str
-    what: str
-    todo: str
-
-
-_DEAD_KEY: Final = (
-    "Power the VM off and start it again: this boot gets no report any more. `dmesg` has the reason."
-)
-
-_MEANINGS: Final[dict[int, _Meaning]] = {
-    errno.ENXIO: _Meaning(
+_MEANINGS: Final[dict[int, Meaning]] = {
+    errno.ENXIO: Meaning(
         "tsm.no-provider",
         "No driver stands behind the report door, or the firmware refused for a reason of its own.",
         "Run `modprobe sev-guest` (CONFIG_SEV_GUEST); if no /dev/sev-guest appears, this is no SEV-SNP VM.",
     ),
-    errno.EINVAL: _Meaning(
+    errno.EINVAL: Meaning(
         "tsm.invalid",
         "The kernel, the SVSM or the firmware calls the request invalid.",
         "For a plain report look at privlevel_floor; for a service, at whether this SVSM offers it.",
     ),
-    errno.EBUSY: _Meaning(
+    errno.EBUSY: Meaning(
         "tsm.busy",
         "The request's directory is used by something else.",
         "Find what else writes to configfs-tsm.",
     ),
-    errno.EFBIG: _Meaning(
+    errno.EFBIG: Meaning(
         "tsm.too-big",
         "A blob is larger than the kernel passes on.",
         "Update the kernel; if it is the certificates, the host has to load fewer of them.",
     ),
-    errno.EIO: _Meaning(
-        "tsm.firmware", "The AMD secure processor or the host failed to answer the request.", _DEAD_KEY
+    errno.EIO: Meaning(
+        "tsm.firmware", "The AMD secure processor or the host failed to answer the request.", DEAD_KEY
     ),
-    errno.EBADMSG: _Meaning(
+    errno.EBADMSG: Meaning(
         "tsm.key-wiped",
         "The firmware's answer could not be decrypted, and Linux gave up its key to it.",
-        _DEAD_KEY,
+        DEAD_KEY,
     ),
-    errno.ETIMEDOUT: _Meaning(
+    errno.ETIMEDOUT: Meaning(
         "tsm.throttled",
         "The host held the request back for a minute; Linux then wipes its key to the firmware.",
-        _DEAD_KEY + " Ask the host's operator about throttling of guest requests.",
+        DEAD_KEY + " Ask the host's operator about throttling of guest requests.",
     ),
-    errno.ENOTTY: _Meaning(
+    errno.ENOTTY: Meaning(
         "tsm.key-wiped",
         "Linux has wiped its key to the firmware after an earlier failure (VMPCK is disabled).",
-        _DEAD_KEY,
+        DEAD_KEY,
     ),
-    errno.EWOULDBLOCK: _Meaning(
+    errno.EWOULDBLOCK: Meaning(
         "tsm.not-ready",
         "The kernel has no answer for the request.",
         "Update the kernel: it must answer or fail.",
     ),
-    errno.ENOSPC: _Meaning(
+    errno.ENOSPC: Meaning(
         "tsm.busy", "The kernel has no room for another request.", "Find what else uses configfs-tsm."
     ),
-    errno.ENOMEM: _Meaning(
+    errno.ENOMEM: Meaning(
         "tsm.memory", "The kernel has no memory for the request.", "Give the VM more memory."
     ),
 }
+
+_FINAL: Final = frozenset({errno.ENOTTY, errno.ETIMEDOUT, errno.EBADMSG})
+"""After these the key is gone. EIO may also be a host with more certificates than Linux asks for, which leaves it."""
 
 
 class Entry:
@@ -295,8 +289,9 @@ def explain(error: OSError, doing: str, path: Path) -> KagimoriError:
         )
     meaning = _MEANINGS.get(
         number,
-        _Meaning(
+        Meaning(
             "tsm.errno", "The kernel failed the request in a way that it does not document.", "See `dmesg`."
         ),
     )
-    return HardwareError(meaning.what, code=meaning.code, expected=expected, found=found, todo=meaning.todo)
+    kind = KeyWiped if number in _FINAL else HardwareError
+    return kind(meaning.what, code=meaning.code, expected=expected, found=found, todo=meaning.todo)
