@@ -167,6 +167,8 @@ def _place(der: bytes) -> tuple[str, str]:
 def _revocation_list(der: bytes) -> x509.CertificateRevocationList | None:
     try:
         parsed = x509.load_der_x509_crl(der)
+        # Read lazily by the library, and refused here rather than where they are shown.
+        _ = (parsed.issuer, parsed.next_update_utc)
     except UNREADABLE:
         return None
     return parsed if parsed.public_bytes(Encoding.DER) == der else None
