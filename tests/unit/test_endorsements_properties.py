@@ -36,8 +36,7 @@ def test_an_endorsement_with_any_byte_changed_is_one_or_is_refused(root: AmdRoot
         for changed in {whole[at] ^ 1, 0, 0xFF} - {whole[at]}:
             try:
                 name, line = directory._place(whole[:at] + bytes([changed]) + whole[at + 1 :])
-            except PeerError as error:
-                assert error.expected
+            except PeerError:
                 continue
             assert name.endswith(".der")
             assert line

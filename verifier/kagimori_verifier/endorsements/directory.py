@@ -18,13 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
-
 from kagimori_protocol import certificate_table
 from kagimori_protocol.errors import KagimoriError, Malformed, OperatorError, PeerError
 from kagimori_protocol.snp import CHIP_ID_SIZE, FIELDS, REPORT_SIZE
-from kagimori_verifier.verify.certificate import UNREADABLE, Certificate
+from kagimori_verifier.verify.certificate import Certificate, RevocationList
 from kagimori_verifier.verify.snp import Endorsements
 
 if TYPE_CHECKING:
@@ -149,7 +146,7 @@ def _place(der: bytes) -> tuple[str, str]:
     digest = hashlib.sha256(der).hexdigest()
     revocations = _revocation_list(der)
     if revocations is not None:
-        issuer, due = revocations.issuer.rfc4514_string(), revocations.next_update_utc
+        issuer, due = revocations.issuer.rfc4514_string(), revocations.next_update
         return f"crl/{digest}.der", f"revocation list of {issuer}, next update {due}"
     certificate = Certificate.parse(der)
     name, until = certificate.common_name, f"valid until {certificate.valid_until:%Y-%m-%d}"
@@ -164,14 +161,11 @@ def _place(der: bytes) -> tuple[str, str]:
     return f"ca/{digest}.der", f"CA {name}, key SHA-256 {certificate.spki_sha256.hex()}"
 
 
-def _revocation_list(der: bytes) -> x509.CertificateRevocationList | None:
+def _revocation_list(der: bytes) -> RevocationList | None:
     try:
-        parsed = x509.load_der_x509_crl(der)
-        # Read lazily by the library, and refused here rather than where they are shown.
-        _ = (parsed.issuer, parsed.next_update_utc)
-    except UNREADABLE:
+        return RevocationList.parse(der)
+    except Malformed:
         return None
-    return parsed if parsed.public_bytes(Encoding.DER) == der else None
 
 
 def _nothing_in(found: str, expected: str = _WANTED) -> KagimoriError:

@@ -168,6 +168,46 @@ class Certificate:
         raise _broken(f"AMD's extension {oid}", "none")
 
 
+@dataclass(frozen=True, slots=True)
+class RevocationList:
+    """One revocation list: its bytes, and what is asked of it. ``next_update`` is None where it does not say."""
+
+    raw: bytes
+    issuer: x509.Name
+    last_update: datetime
+    next_update: datetime | None
+    fields: x509.CertificateRevocationList
+
+    @classmethod
+    def parse(cls, raw: bytes) -> RevocationList:
+        """Read one list in DER and nothing after it. Raises Malformed."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of names that whoever sent it made up
+                fields = x509.load_der_x509_crl(raw)
+                # The library reads these when they are asked for, each time anew; here, once.
+                parsed = cls(raw, fields.issuer, fields.last_update_utc, fields.next_update_utc, fields)
+            whole = fields.public_bytes(Encoding.DER) == raw
+        except UNREADABLE as error:
+            raise _broken("an X.509 revocation list", str(error)) from None
+        if not whole:
+            raise _broken("one revocation list in DER and nothing after it", "another encoding of the same")
+        return parsed
+
+    def require_signed_by(self, ark: Certificate) -> RevocationList:
+        """Return this list if ``ark`` issued and signed it, as AMD's ARKs do. Raises PeerError."""
+        key = ark.require_ca()
+        if self.issuer != ark.fields.subject:
+            raise _unsigned(f"issuer {ark.common_name}", self.issuer.rfc4514_string())
+        _, signature = der.split_certificate(self.raw)
+        verify_pss(key, signature, self.fields.tbs_certlist_bytes, f"a signature by {ark.common_name}")
+        return self
+
+    def revokes(self, serial_number: int) -> bool:
+        """Tell whether the list names a certificate of its issuer by this serial number."""
+        return self.fields.get_revoked_certificate_by_serial_number(serial_number) is not None
+
+
 def verify_pss(key: rsa.RSAPublicKey, signature: bytes, message: bytes, expected: str) -> None:
     """Check an RSASSA-PSS signature in AMD's parameters; raise NotAuthentic if it does not verify."""
     scheme = padding.PSS(mgf=padding.MGF1(hashes.SHA384()), salt_length=_PSS_SALT)

@@ -10,14 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-from cryptography.hazmat.primitives.serialization import Encoding
 
-from kagimori_protocol.errors import KagimoriError, Malformed
+from kagimori_protocol.errors import KagimoriError, Malformed, PeerError
 from kagimori_protocol.snp import (
     SIGNATURE_ALGO_ECDSA_P384_SHA384,
     TURIN_HWID_SIZE,
@@ -25,8 +23,7 @@ from kagimori_protocol.snp import (
     TcbVersion,
 )
 from kagimori_verifier.claims import Revocation, Root, SnpClaims
-from kagimori_verifier.verify import der
-from kagimori_verifier.verify.certificate import UNREADABLE, Certificate, verify_pss
+from kagimori_verifier.verify.certificate import Certificate, RevocationList
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -233,28 +230,23 @@ def _revocation(trail: Trail, chain: _Chain, lists: Sequence[bytes]) -> Revocati
     genuine = [found for raw in lists if (found := _genuine_list(raw, chain.ark)) is not None]
     if not genuine:
         return Revocation(next_update=None, missing=f"no revocation list signed by {chain.ark.common_name}")
-    newest = max(genuine, key=lambda found: found.last_update_utc)
+    newest = max(genuine, key=lambda found: found.last_update)
     serial = chain.intermediate.fields.serial_number
     trail.require(
         "endorsement.revoked",
-        newest.get_revoked_certificate_by_serial_number(serial) is None,
+        not newest.revokes(serial),
         expected=f"{chain.intermediate.common_name} not on the revocation list",
-        found=f"list of {newest.last_update_utc:%Y-%m-%d}, serial number {serial:x}",
+        found=f"list of {newest.last_update:%Y-%m-%d}, serial number {serial:x}",
     )
-    return Revocation(next_update=newest.next_update_utc, missing=None)
+    return Revocation(next_update=newest.next_update, missing=None)
 
 
-def _genuine_list(raw: bytes, ark: Certificate) -> x509.CertificateRevocationList | None:
+def _genuine_list(raw: bytes, ark: Certificate) -> RevocationList | None:
     """Read a revocation list, if it is one and this ARK signed it."""
     try:
-        parsed = x509.load_der_x509_crl(raw)
-        if parsed.issuer != ark.fields.subject or parsed.public_bytes(Encoding.DER) != raw:
-            return None
-        _, signature = der.split_certificate(raw)
-        verify_pss(ark.require_ca(), signature, parsed.tbs_certlist_bytes, "a signature by the ARK")
-    except (*UNREADABLE, KagimoriError):
+        return RevocationList.parse(raw).require_signed_by(ark)
+    except PeerError:
         return None
-    return parsed
 
 
 def _agree_on_product(trail: Trail, report: Report, chain: _Chain) -> str:
