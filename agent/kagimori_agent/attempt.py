@@ -6,6 +6,7 @@ may get better by itself: a verifier that is away, a challenge that has grown ol
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -128,7 +129,7 @@ def _attempt(
                 version=messages.VERSION,
                 hello=hello,
                 challenges=[messages.SignedChallenge(key=one.key, challenge=one.body) for one in challenged],
-                **attester.collect(t0, challenged[0].challenge.pcr_selection, budget.remaining_s()),
+                **attester.collect(t0, challenged[0].challenge.pcr_selection, budget.attempt_s(math.inf)),
             )
         )
         say("evidence collected, asking for the answer")

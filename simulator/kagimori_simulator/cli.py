@@ -20,12 +20,13 @@ from kagimori_protocol.errors import KagimoriError, UsageError
 from kagimori_simulator import faults, measured_boot, pe
 from kagimori_simulator.amd import AmdRoot
 from kagimori_simulator.machine import SnpMachine
-from kagimori_simulator.world import VerifierAt, VolumeAt, World
+from kagimori_simulator.world import DOORS, VerifierAt, VolumeAt, World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kagimori_simulator.event_log import MeasuredBoot
+    from kagimori_simulator.sev_guest import SevGuest
 
 NAME: Final = "kagimori-simulator"
 MEASUREMENT: Final = bytes.fromhex("c0c0") * 24
@@ -42,6 +43,16 @@ def lies() -> dict[str, Callable[[SnpMachine], None]]:
         for name, function in functions
         if list(inspect.signature(function).parameters) == ["machine"]
         and function.__module__ == faults.__name__
+    }
+
+
+def driver_lies() -> dict[str, Callable[[SevGuest], object]]:
+    """Give the named lies that a host can tell the guest's driver, by the names of the command line."""
+    functions = inspect.getmembers(faults, inspect.isfunction)
+    return {
+        name.replace("_", "-"): function
+        for name, function in functions
+        if next(iter(inspect.signature(function).parameters)) == "driver"
     }
 
 
@@ -73,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="boot the VM and run a verb of the agent in it",
         description="Boot the VM of the kind that FILE names (svsm-vtpm: through GRUB below an SVSM; snp-direct: with "
         "everything in its measurement), and run one verb of the agent in it.",
-        epilog="lies: " + ", ".join(lies()),
+        epilog="lies: " + ", ".join([*lies(), *driver_lies()]),
     )
     run.add_argument("--dir", type=Path, required=True, metavar="DIR", help="what `init` made")
     run.add_argument(
@@ -95,10 +106,16 @@ def _parser() -> argparse.ArgumentParser:
         help="run this agent in place of ours, as: PROGRAM VERB --config FILE ...",
     )
     run.add_argument(
+        "--door",
+        action="append",
+        choices=DOORS,
+        help="a report door that the VM's kernel has (may be repeated; default: configfs-tsm)",
+    )
+    run.add_argument(
         "--lie",
         action="append",
         default=[],
-        choices=lies(),
+        choices=[*lies(), *driver_lies()],
         metavar="NAME",
         help="let the machine lie; see below",
     )
@@ -153,12 +170,17 @@ def _run(options: argparse.Namespace) -> int:
             todo="Use --lie another-measurement.",
         )
     machine = SnpMachine(root, chip_id=chip_id, measurement=MEASUREMENT, svsm=svsm, report_version=3)
+    machine_lies, told_to_driver = lies(), driver_lies()
     for name in options.lie:
-        lies()[name](machine)
+        if name in machine_lies:
+            machine_lies[name](machine)
     with (
         tempfile.TemporaryDirectory(prefix="kagimori-vm-") as directory,
-        World.running(Path(directory), machine, _boot(options)) as world,
+        World.running(Path(directory), machine, _boot(options), options.door or DOORS[:1]) as world,
     ):
+        for name in options.lie:
+            if name in told_to_driver:
+                told_to_driver[name](world.tsm.driver)
         path = world.agent_toml(vm_id, verifiers, volumes)
         verb, *rest = options.agent
         agent = [sys.executable, "-m", "kagimori_agent"]

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import struct
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from kagimori_protocol import certificate_table
-from kagimori_protocol.snp import CHIP_ID_SIZE, TURIN_HWID_SIZE, VMPL_HOST_REQUESTED
+from kagimori_protocol.snp import CHIP_ID_SIZE, FIELDS, TURIN_HWID_SIZE, VMPL_HOST_REQUESTED
 from kagimori_protocol.tpm import EK_TEMPLATE_L1, EK_UNIQUE_SIZE
 from kagimori_simulator.amd import Vek
 from kagimori_simulator.event_log import EventType, MeasuredBoot, same
@@ -23,11 +26,17 @@ from kagimori_simulator.machine import GUEST_VMPL_UNDER_SVSM
 if TYPE_CHECKING:
     from kagimori_simulator.configfs import ConfigfsTsm, ReportItem
     from kagimori_simulator.machine import SnpMachine
+    from kagimori_simulator.sev_guest import SevGuest
     from kagimori_simulator.svsm import Svsm
     from kagimori_simulator.vtpm import Vtpm
 
 POLICY_MIGRATE_MA: Final = 1 << 18
 POLICY_DEBUG: Final = 1 << 19
+
+VMM_GENERIC: Final = 1 << 31
+"""SNP_GUEST_VMM_ERR_GENERIC of Linux's KVM: the host's "no" without a reason."""
+THROTTLED_S: Final = 5
+_RESPONSE_HEADER_SIZE: Final = 0x20
 
 # The machine and what it launched
 
@@ -91,6 +100,11 @@ def swapped_certificate(machine: SnpMachine) -> None:
 def no_certificates(machine: SnpMachine) -> None:
     """T24: the host hands out no certificates at all."""
     machine.certificates = {}
+
+
+def too_many_certificates(machine: SnpMachine) -> None:
+    """T24: the host hands out more than the 16 KiB that Linux asks for in a plain report."""
+    machine.certificates = {**machine.chain(), certificate_table.CRL: bytes(0x4000)}
 
 
 def revoked_intermediate(machine: SnpMachine) -> None:
@@ -164,6 +178,61 @@ def stale_generation(tsm: ConfigfsTsm) -> None:
             item.store("inblob", secrets.token_bytes(64))
 
     tsm.after_show = interfere
+
+
+# The driver behind it and behind /dev/sev-guest, and what the host does with its messages
+
+
+def throttling_host(driver: SevGuest, seconds: float = THROTTLED_S) -> None:
+    """The host is busy for a while; the driver waits, and gives its key up if that takes too long."""
+    driver.busy_until = time.monotonic() + seconds
+
+
+def silent_host(driver: SevGuest) -> threading.Event:
+    """The host never comes back with an answer, until the event is set that this returns."""
+    driver.stalled = threading.Event()
+    return driver.stalled
+
+
+def failing_host(driver: SevGuest, vmm_error: int = VMM_GENERIC) -> None:
+    """The host refuses to pass messages on; the first one costs the key."""
+    driver.vmm_error = vmm_error
+
+
+def garbled_answers(driver: SevGuest) -> None:
+    """The host changes an answer of the firmware on its way; that costs the key, too."""
+    driver.garbles = True
+
+
+def wiped_key(driver: SevGuest) -> None:
+    """Something failed earlier in this boot, so that there is no key any more."""
+    driver.wiped = True
+
+
+def insatiable_host(driver: SevGuest, pages: int = 2) -> None:
+    """The host says that it needs these pages for certificates, and takes no buffer whatever its size."""
+    driver.needs_pages = pages
+
+
+def report_of_another_size(driver: SevGuest, size: int = 0x4A8) -> None:
+    """The firmware announces a report of a size that no report has."""
+    driver.bend = lambda response: response[:4] + struct.pack("<I", size) + response[8:]
+
+
+def report_of_other_data(driver: SevGuest) -> None:
+    """The kernel hands out the answer to somebody else's request."""
+    driver.bend = lambda response: _bent(response, "report_data")
+
+
+def report_of_another_vmpl(driver: SevGuest) -> None:
+    """The kernel hands out an answer of another level."""
+    driver.bend = lambda response: _bent(response, "vmpl")
+
+
+def _bent(response: bytes, name: str) -> bytes:
+    """Flip the lowest bit of a field of the report in a MSG_REPORT_RSP."""
+    at = _RESPONSE_HEADER_SIZE + FIELDS[name].offset
+    return response[:at] + bytes([response[at] ^ 1]) + response[at + 1 :]
 
 
 def _another_chip(machine: SnpMachine) -> bytes:

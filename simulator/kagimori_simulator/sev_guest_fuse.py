@@ -40,6 +40,9 @@ _VERSION: Final = (7, 31)
 _ROOT_NODE: Final = 1
 _FOPEN_DIRECT_IO: Final = 1
 
+_MNT_FORCE: Final = 1
+_MNT_DETACH: Final = 2
+
 _GETATTR, _OPEN, _RELEASE, _FLUSH, _INIT, _INTERRUPT, _IOCTL = 3, 14, 18, 25, 26, 36, 39
 _UNANSWERED: Final = frozenset({2, _INTERRUPT, 42})
 """FORGET, INTERRUPT (the driver, too, goes on whatever signals come), BATCH_FORGET."""
@@ -105,11 +108,16 @@ def mounted(driver: SevGuest, path: Path) -> Iterator[Path]:
         server = _Server(driver, descriptor)
         thread = threading.Thread(target=server.serve, name="kagimori-sev-guest", daemon=True)
         thread.start()
-        if not server.ready.wait(_READY_S):
-            raise _not_up(path, f"nothing within {_READY_S:.0f} s")
-        yield path
-    thread.join(_STOP_S)
-    os.close(descriptor)
+        try:
+            if not server.ready.wait(_READY_S):
+                raise _not_up(path, f"nothing within {_READY_S:.0f} s")
+            yield path
+        finally:
+            libc.umount2(
+                os.fsencode(path), _MNT_FORCE | _MNT_DETACH
+            )  # also ends requests that are still held
+            thread.join(_STOP_S)
+            os.close(descriptor)
 
 
 class _Server:

@@ -10,16 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kagimori_simulator import measured_boot
+from kagimori_simulator import measured_boot, sev_guest_fuse
 from kagimori_simulator.configfs import ConfigfsTsm
 from kagimori_simulator.svsm import Svsm
 from kagimori_simulator.vtpm import Vtpm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from kagimori_simulator.event_log import MeasuredBoot
     from kagimori_simulator.machine import SnpMachine
+
+CONFIGFS_TSM: Final = "configfs-tsm"
+SEV_GUEST: Final = "sev-guest"
+DOORS: Final = (CONFIGFS_TSM, SEV_GUEST)
+"""The report doors that a guest's kernel can have."""
 
 LIMITS: Final = """\
 [limits]
@@ -53,7 +58,10 @@ class VolumeAt:
 
 @dataclass
 class World:
-    """A running VM on its host. ``svsm`` and ``vtpm`` are None for a VM without an SVSM (kind ``snp-direct``)."""
+    """A running VM on its host. ``svsm`` and ``vtpm`` are None for a VM without an SVSM (kind ``snp-direct``).
+
+    ``tsm`` is the door configfs-tsm, ``tsm.driver`` what is behind it and behind /dev/sev-guest.
+    """
 
     directory: Path
     machine: SnpMachine
@@ -64,9 +72,16 @@ class World:
     @classmethod
     @contextlib.contextmanager
     def running(
-        cls, directory: Path, machine: SnpMachine, boot: MeasuredBoot | None = None
+        cls,
+        directory: Path,
+        machine: SnpMachine,
+        boot: MeasuredBoot | None = None,
+        doors: Collection[str] = (CONFIGFS_TSM,),
     ) -> Iterator[World]:
-        """Boot the VM: below an SVSM if the machine has one, measuring ``boot`` (by default a GRUB boot)."""
+        """Boot the VM: below an SVSM if the machine has one, measuring ``boot`` (by default a GRUB boot).
+
+        ``doors`` are those that its kernel has; the agent.toml names places for both.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             vtpm = svsm = None
@@ -78,7 +93,10 @@ class World:
                 vtpm.play(boot)
                 svsm = Svsm(machine, vtpm)
             tsm = ConfigfsTsm(machine, svsm)
-            stack.enter_context(tsm.mounted(directory / "configfs-tsm"))
+            if CONFIGFS_TSM in doors:
+                stack.enter_context(tsm.mounted(directory / CONFIGFS_TSM))
+            if SEV_GUEST in doors:
+                stack.enter_context(sev_guest_fuse.mounted(tsm.driver, directory / SEV_GUEST))
             yield cls(directory, machine, vtpm, svsm, tsm)
 
     def agent_toml(self, vm_id: str, verifiers: Sequence[VerifierAt], volumes: Sequence[VolumeAt]) -> Path:
@@ -102,7 +120,8 @@ class World:
             ]
         if self.vtpm is not None:
             lines += ["[tpm]", f'tcti = "{self.vtpm.tcti}"', f'event_log = "{self.vtpm.event_log_path}"', ""]
-        lines += ["[tsm]", f'root = "{self.directory / "configfs-tsm"}"', "", LIMITS]
+        lines += ["[tsm]", f'root = "{self.directory / CONFIGFS_TSM}"', ""]
+        lines += ["[sev_guest]", f'device = "{self.directory / SEV_GUEST}"', "", LIMITS]
         path = self.directory / "agent.toml"
         path.write_text("\n".join(lines), encoding="utf-8")
         return path

@@ -72,7 +72,7 @@ def within(wait_s: float, ask: Callable[[], T]) -> T:
 
     A request that the kernel has taken cannot be called back, and it may hold whoever made it: Linux itself waits up to a
     minute for a host that throttles, and for one that does not answer at all it waits forever. So it is made by a
-    thread, which is left behind when the time is over; it ends with the process.
+    thread, which is left behind when the time is over; it ends with the process. Without any time left nothing is asked.
     """
     given: list[T] = []
     raised: list[BaseException] = []
@@ -84,8 +84,10 @@ def within(wait_s: float, ask: Callable[[], T]) -> T:
             raised.append(error)
 
     thread = threading.Thread(target=run, name="kagimori-report", daemon=True)
-    thread.start()
-    thread.join(min(wait_s, threading.TIMEOUT_MAX))
+    wait_s = max(0.0, wait_s)
+    if wait_s:
+        thread.start()
+        thread.join(min(wait_s, threading.TIMEOUT_MAX))
     if given:
         return given[0]
     if raised:
