@@ -90,6 +90,10 @@ class Owner:
         """The key that replies are signed by."""
         return self.verifier.keys.current
 
+    def now_s(self) -> int:
+        """Read the verifier's clock, in seconds since 1970."""
+        return int(time.time() + self.clock_shift[0])
+
     def move_clock(self, seconds: float) -> None:
         """Let the verifier's clock jump."""
         self.clock_shift[0] += seconds
@@ -265,10 +269,17 @@ def volume(tmp_path: Path) -> tuple[VolumeAt, bytes]:
 
 def enrol_grub_vm(owner: Owner, uuid: str, unlock_key: bytes) -> None:
     """Enrol the VM below an SVSM whose honest GRUB boot is accepted."""
-    owner.enrol_profile("grub", "grub", "svsm-vtpm", SVSM)
-    owner.enrol_vm(VM, "grub")
+    enrol_vm_below_svsm(owner, uuid, unlock_key, "grub", measured_boot.grub())
+
+
+def enrol_vm_below_svsm(
+    owner: Owner, uuid: str, unlock_key: bytes, boot_way: BootWay, boot: MeasuredBoot
+) -> None:
+    """Enrol the VM below an SVSM with the one boot that is accepted, in a profile named after its boot way."""
+    owner.enrol_profile(boot_way, boot_way, "svsm-vtpm", SVSM)
+    owner.enrol_vm(VM, boot_way)
     owner.enrol_volume(VM, uuid, unlock_key)
-    owner.accept_boot(VM, "grub", measured_boot.grub(), "grub")
+    owner.accept_boot(VM, boot_way, boot, boot_way)
 
 
 def enrol_direct_vm(owner: Owner, uuid: str, unlock_key: bytes) -> None:

@@ -33,6 +33,8 @@ VTPM_SERVICE: Final = uuid.UUID("c476f1eb-0123-45a5-9641-b4e7dde5bfe3")
 UUID: Final = "11111111-2222-4333-8444-555555555555"
 UNLOCK_KEY: Final = b"the unlock key of the volume ...".ljust(32, b".")
 Post = Callable[[str, bytes], bytes]
+Activate = Callable[[bytes, bytes], bytes]
+"""Opens a credential: id_object and encrypted_secret in, S out."""
 
 
 @dataclass
@@ -68,14 +70,25 @@ class Attacker:
         svsm: Svsm | None,
         vtpm: OpenVtpm | None,
         post: Post | None = None,
+        keys: tuple[bytes, bytes] | None = None,
     ) -> None:
+        """``keys`` are EK and AK that the TPM has made already; otherwise it makes them now."""
         self.office = office
         self.machine = machine
         self.svsm = svsm
         self.vtpm = vtpm
         self.key = sealing.ResponseKey([os.urandom(64)])
+        self.activate: Activate | None = None
         self._post = post or in_process(office)
-        self._keys = (None, None) if vtpm is None else vtpm.make_keys()
+        self._keys = keys or ((None, None) if vtpm is None else vtpm.make_keys())
+
+    @property
+    def public_areas(self) -> tuple[bytes, bytes]:
+        """EK and AK as Hello names them."""
+        ek_public, ak_public = self._keys
+        assert ek_public is not None
+        assert ak_public is not None
+        return ek_public, ak_public
 
     def hello(self, **changes: object) -> bytes:
         """Say Hello, as the enrolled VM would or otherwise."""
@@ -135,7 +148,10 @@ class Attacker:
 
     def send(self, parts: dict[str, Any]) -> Told:
         """Send evidence."""
-        request = messages.encode(Evidence(**parts))
+        return self.send_bytes(messages.encode(Evidence(**parts)))
+
+    def send_bytes(self, request: bytes) -> Told:
+        """Send bytes in evidence's place."""
         return Told(request, self._post(messages.PATH_RELEASE, request))
 
     def open(self, told: Told, key: sealing.ResponseKey | None = None) -> Payload:
@@ -146,7 +162,8 @@ class Attacker:
         if isinstance(told.message.credential, msgspec.UnsetType):
             return messages.decode_payload(inner)
         credential = told.message.credential
-        secret = self.tpm.activate(credential.id_object, credential.encrypted_secret)
+        activate = self.activate or self.tpm.activate
+        secret = activate(credential.id_object, credential.encrypted_secret)
         return messages.decode_payload(sealing.open_inner(inner, binding, secret))
 
     def keys(self, told: Told) -> dict[str, bytes]:
@@ -163,10 +180,14 @@ class Attacker:
 
     def binding(self, told: Told) -> bytes:
         """Compute TH from what was sent."""
-        evidence = messages.decode(Evidence, told.request)
+        return self.binding_of(told.request)
+
+    def binding_of(self, request: bytes) -> bytes:
+        """Compute TH from an Evidence."""
+        evidence = messages.decode(Evidence, request)
         own = next(one for one in evidence.challenges if one.key == self.office.public_key)
         t0 = transcript.t0(evidence.hello, [(one.key, one.challenge) for one in evidence.challenges])
-        return transcript.answer_binding(t0, own.challenge, told.request)
+        return transcript.answer_binding(t0, own.challenge, request)
 
     def confirm(self, told: Told, payload: Payload, outcome: messages.Outcome = "opened") -> bytes:
         """Make the Confirm of an opened answer."""

@@ -1,0 +1,37 @@
+"""Names without a story of their own: why they exist although no attack gets through without them.
+
+Every entry is a debt to the reader. What can be attacked belongs among the stories.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+EXPLAINED: Final[dict[str, str]] = {
+    "reference.pcrs": "the form of PCR values that an owner types or reads from a file of their own: no attacker is on that "
+    "path, and what it lets in is compared byte by byte with what a TPM has quoted",
+}
+
+WITHIN: Final[dict[str, str]] = {
+    "certificate.chain": "endorsement.chain",
+    "certificate.der": "endorsement.found",
+    "certificate.layout": "endorsement.found",
+    "ek.modulus": "manifest.ek",
+    "ek.size": "manifest.ek",
+    "ek.template": "manifest.ek",
+    "eventlog.bank": "eventlog.replay",
+    "eventlog.userspace": "eventlog.replay",
+    "evidence.challenges": "message.decode",
+    "message.form": "message.decode",
+    "message.size": "message.decode",
+    "pcr-selection.form": "quote.pcr-selection",
+    "pcr-selection.layout": "quote.pcr-selection",
+    "public.layout": "ak.layout",
+    "public.name-alg": "ak.layout",
+    "report.reserved": "report.layout",
+    "report.size": "report.layout",
+    "report.version": "report.layout",
+    "signature.layout": "quote.signature-layout",
+    "svsm.nonce": "report.tie",
+}
+"""Codes that parsers raise, and the named check within which a refusal tells of them."""
