@@ -156,7 +156,8 @@ def _watch_owner(points: Points) -> None:
     points.around(settings, "load", "the settings are read")
     points.around(sqlite, "create_file", "the database's file is made")
     points.around(Path, "mkdir", "a directory is made")
-    points.around(Path, "rename", "the settings get their name")
+    points.around(Path, "rename", "a file gets its name")
+    points.around(os, "fsync", "a file is synchronised")
 
 
 def _watch_agent(points: Points) -> None:

@@ -65,10 +65,15 @@ class Verifier:
 
 
 def create(settings: Settings, kek: bytes, at_s: int) -> Keys:
-    """Make database and identity of a new verifier. Raises OperatorError if there is one already."""
+    """Make database and identity of a new verifier, or give those that were made under this KEK.
+
+    Raises OperatorError if there is an identity under another KEK.
+    """
     store = Store.create(settings.database_url)
     try:
         with store.write() as txn:
+            if stored.get(txn, KEK_ID) == kek_id(kek):
+                return identity.load(txn, kek)
             stored.put(txn, KEK_ID, kek_id(kek))
             return identity.create(txn, kek, at_s)
     finally:

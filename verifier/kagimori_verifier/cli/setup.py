@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 from base64 import b64encode
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 from kagimori_protocol import signature
 from kagimori_protocol.errors import OperatorError
@@ -16,7 +17,7 @@ from kagimori_verifier import settings
 from kagimori_verifier.cli import arguments
 from kagimori_verifier.cli.access import now_s, reading
 from kagimori_verifier.cli.output import Output, add_verb, group
-from kagimori_verifier.keystore.kek import FileKek
+from kagimori_verifier.keystore.kek import KEK_SIZE, FileKek
 from kagimori_verifier.store import identities
 
 if TYPE_CHECKING:
@@ -91,37 +92,73 @@ def _init(options: argparse.Namespace, output: Output) -> int:
 
 
 def _made(directory: Path, text: str) -> Keys:
-    """Make all of a verifier or nothing; its settings come last, so that what has them is whole."""
+    """Make all of a verifier or nothing; its settings come last, so that what has them is whole.
+
+    Their draft comes first: what lies beside a draft is of an init that was killed, and is taken up where it ended.
+    """
     from kagimori_verifier import app  # noqa: PLC0415 - the web stack, which small verbs do without
 
     with _writable(directory), contextlib.ExitStack() as undo:
         if not directory.is_dir():
             directory.mkdir(parents=True, mode=0o700)
             undo.callback(_quietly, directory.rmdir)
-        if there := [name for name in MADE if os.path.lexists(directory / name)]:
-            raise OperatorError(
-                f"There is a verifier in {directory} already.",
-                code="init.exists",
-                expected=f"a directory without {', '.join(MADE[:1] + MADE[2:4])}",
-                found=", ".join(there),
-                todo="Choose another directory; nothing was touched.",
-            )
-        endorsements, draft = directory / "endorsements", directory / DRAFT
-        if not endorsements.is_dir():
-            endorsements.mkdir()
-            undo.callback(_quietly, endorsements.rmdir)
-        for name in MADE[1:]:
-            undo.callback(_quietly, (directory / name).unlink)
-        with draft.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        loaded = settings.load(draft)
-        kek = FileKek(loaded.path(loaded.kek.path)).create()
-        keys = app.create(loaded, kek, now_s())
-        draft.rename(directory / CONFIG)
-        undo.pop_all()
+        new = [directory / name for name in MADE[1:] if not os.path.lexists(directory / name)]
+        # What was made is taken back before the draft is let go, and another init may begin.
+        with _draft(directory) as draft, undo.pop_all() as undo_all:
+            endorsements = directory / "endorsements"
+            if not endorsements.is_dir():
+                endorsements.mkdir()
+                undo_all.callback(_quietly, endorsements.rmdir)
+            for path in new:
+                undo_all.callback(_quietly, path.unlink)
+            draft.truncate(0)
+            draft.write(text)
+            draft.flush()
+            os.fsync(draft.fileno())
+            loaded = settings.load(directory / DRAFT)
+            keys = app.create(loaded, _kek(loaded.path(loaded.kek.path)), now_s())
+            (directory / DRAFT).rename(directory / CONFIG)
+            undo_all.pop_all()
     return keys
+
+
+@contextlib.contextmanager
+def _draft(directory: Path) -> Iterator[TextIO]:
+    """Hold the draft of the settings while a verifier is being made. Raises OperatorError if one is there, or being made.
+
+    The lock goes with the process, however that ends; the draft does not.
+    """
+    there = [name for name in MADE if os.path.lexists(directory / name)]
+    if CONFIG in there or (there and DRAFT not in there):
+        raise _exists(directory, there)
+    descriptor = os.open(directory / DRAFT, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as draft:
+        try:
+            fcntl.flock(draft, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _exists(directory, ["another init at work"]) from None
+        if os.path.lexists(directory / CONFIG):  # that other one was quicker
+            raise _exists(directory, [CONFIG])
+        yield draft
+
+
+def _kek(path: Path) -> bytes:
+    """Make the KEK, or take the one that a killed init has made. Raises OperatorError."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.lstat().st_size >= KEK_SIZE:
+            return FileKek(path).read()
+        path.unlink()  # nothing can rest behind a key that was not written to its end
+    return FileKek(path).create()
+
+
+def _exists(directory: Path, there: list[str]) -> OperatorError:
+    return OperatorError(
+        f"There is a verifier in {directory} already.",
+        code="init.exists",
+        expected=f"a directory without {', '.join(MADE[:1] + MADE[2:4])}",
+        found=", ".join(there),
+        todo="Choose another directory; nothing was touched.",
+    )
 
 
 @contextlib.contextmanager
