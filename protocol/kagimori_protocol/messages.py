@@ -223,6 +223,10 @@ REPLY_TYPES: Final = ("challenge", "sealed", "pending", "denial", "unsupported-v
 T = TypeVar("T")
 
 
+_VERSION_SHOWN: Final = 10**40
+"""Versions from here on are not shown to a person: JSON has room for numbers of thousands of digits."""
+
+
 class _Versioned(Struct):
     """The one field that is read before a message's own version is known."""
 
@@ -283,7 +287,7 @@ def _decode(kind: object, body: bytes, *, versioned: bool) -> Any:  # noqa: ANN4
             raise UnsupportedVersion(
                 "A message is of a version that this release does not speak.",
                 expected=" or ".join(str(known) for known in VERSIONS),
-                found=str(version),
+                found=str(version) if abs(version) < _VERSION_SHOWN else "a number of many digits",
                 todo="Update the older of the two sides.",
             )
         message = decoder.decode(body)

@@ -13,6 +13,7 @@ from kagimori_protocol.errors import Malformed, OperatorError, PeerError
 from kagimori_simulator.amd import AmdRoot
 from kagimori_verifier.endorsements import directory
 from kagimori_verifier.endorsements.directory import EndorsementDirectory
+from kagimori_verifier.verify import der
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +70,18 @@ def test_any_blocks_of_pem_are_endorsements_or_refused(
 def test_a_payload_that_is_read_is_one_der_sequence_and_reads_the_same_again(payload: bytes) -> None:
     """Zeros after it are padding, and nothing else may follow."""
     try:
-        der = certificate_table.to_der(payload)
+        read = certificate_table.to_der(payload)
     except Malformed:
         return
-    assert der[0] == 0x30
-    assert payload == der + bytes(len(payload) - len(der))
-    assert certificate_table.to_der(der) == der
+    assert read[0] == 0x30
+    assert payload == read + bytes(len(payload) - len(read))
+    assert certificate_table.to_der(read) == read
+
+
+def test_a_long_value_is_not_told_whole() -> None:
+    """Refusals reach logs, consoles and the database: their length is ours to choose."""
+    for read, tag in ((der.small_integer, b"\x02"), (der.ia5_string, b"\x16")):
+        with pytest.raises(Malformed) as caught:
+            read(tag + b"\x82\x1f\x3c" + b"\x01" * 7996)
+        assert len(str(caught.value)) < 300
+        assert "8000 bytes" in str(caught.value)

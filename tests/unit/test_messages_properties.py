@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from kagimori_protocol import messages
-from kagimori_protocol.errors import KagimoriError
+from kagimori_protocol.errors import KagimoriError, UnsupportedVersion
 
 digests = st.binary(min_size=32, max_size=32)
 uuids = st.uuids().map(str)
@@ -176,3 +176,12 @@ def test_a_field_of_any_other_type_is_refused_or_is_what_it_says(
     except KagimoriError:
         return
     assert messages.encode(read) == body
+
+
+@given(st.integers(1, 4000), st.booleans())
+def test_a_version_of_thousands_of_digits_is_named_in_a_line(digits: int, negative: bool) -> None:
+    """What is told of it reaches a console; JSON has room for any number."""
+    body = b'{"type":"denial","version":' + b"-" * negative + b"9" * digits + b',"session":"","code":"x"}'
+    with pytest.raises(UnsupportedVersion) as caught:
+        messages.decode(messages.Denial, body)
+    assert len(str(caught.value)) < 300

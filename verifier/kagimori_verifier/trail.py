@@ -45,8 +45,9 @@ class Trail:
         """Write a check down, and raise NotAuthentic with its name if it does not hold."""
         self.note(check, holds, expected=expected, found=found)
         if not holds:
+            told = self._checks[-1]  # bounded and escaped, as a refusal must be too
             raise NotAuthentic(
-                f"The check {check} does not hold.", code=check, expected=expected, found=found
+                f"The check {check} does not hold.", code=check, expected=told.expected, found=told.found
             )
 
     @contextmanager

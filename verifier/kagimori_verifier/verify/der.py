@@ -16,6 +16,7 @@ _IA5_STRING: Final = 0x16
 _VERSION: Final = 0xA0
 _LONG_FORM: Final = 0x80
 _MAX_LENGTH_BYTES: Final = 3
+_BYTES_SHOWN: Final = 16
 
 
 class Element(NamedTuple):
@@ -83,7 +84,7 @@ def small_integer(value: bytes) -> int:
     found = element(value, 0, _INTEGER)
     content = value[found.content : found.end]
     if found.end != len(value) or not 1 <= len(content) <= 4 or content[0] & _LONG_FORM:  # noqa: PLR2004 - docstring
-        raise _broken("a small, non-negative INTEGER", value.hex())
+        raise _broken("a small, non-negative INTEGER", _shown(value))
     return int.from_bytes(content, "big")
 
 
@@ -92,8 +93,15 @@ def ia5_string(value: bytes) -> str:
     found = element(value, 0, _IA5_STRING)
     content = value[found.content : found.end]
     if found.end != len(value) or not all(0x20 <= byte < 0x7F for byte in content):  # noqa: PLR2004 - printable ASCII
-        raise _broken("an IA5String of printable characters", value.hex())
+        raise _broken("an IA5String of printable characters", _shown(value))
     return content.decode("ascii")
+
+
+def _shown(value: bytes) -> str:
+    """Show a value for a message: as much of it as tells what it is, for whoever sent it chose its length."""
+    return (
+        value.hex() if len(value) <= _BYTES_SHOWN else f"{value[:_BYTES_SHOWN].hex()}... {len(value)} bytes"
+    )
 
 
 def _broken(expected: str, found: str) -> Malformed:
