@@ -61,6 +61,13 @@ class KagimoriError(Exception):
             parts.append(f"to do: {self.todo}")
         return "\n".join(parts)
 
+    @property
+    def reason(self) -> str:
+        """Give code, expected and found in one line, or what went wrong where they are not known."""
+        if self.expected is None or self.found is None:
+            return f"{self.code}: {self.what}"
+        return f"{self.code}: expected {self.expected}, found {self.found}"
+
     def as_dict(self) -> dict[str, str]:
         """Give all parts that are known, for ``--json``."""
         named = {

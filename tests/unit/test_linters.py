@@ -138,7 +138,7 @@ def test_no_judgement_opens_a_file_or_asks_what_time_it_is() -> None:
     """Clock and files are arguments where something is decided; import-linter sees modules, this sees calls."""
     asks = re.compile(r"(?<![\w.])(?<!def )open\(|\.(?:now|utcnow|today|read_bytes|read_text|environ)\b")
     decides = re.compile(
-        r"protocol/.*\.py|verifier/kagimori_verifier/(?:claims|decision|trail|verify/.*|appraise/.*)\.py"
+        r"protocol/.*\.py|verifier/kagimori_verifier/(?:claims|decision|trail|verify/.*|appraise/.*|examine/.*)\.py"
     )
     _none(
         [f"{name}:{n}: {line}" for name, n, line in _lines() if decides.fullmatch(name) and asks.search(line)]

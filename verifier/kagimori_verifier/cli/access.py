@@ -1,15 +1,13 @@
-"""What the verbs work on: the database that verifier.toml names, and files named on the command line."""
+"""What the verbs work on: the database that verifier.toml names."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from kagimori_protocol.errors import OperatorError, UsageError
+from kagimori_protocol.errors import OperatorError
 from kagimori_verifier import settings
 from kagimori_verifier.store import Store
 
@@ -18,9 +16,6 @@ if TYPE_CHECKING:
 
     from kagimori_verifier.settings import Settings
     from kagimori_verifier.store import Txn
-
-MAX_FILE: Final = 16 << 20
-"""Largest file that is read, in bytes: more than any event log or bundle of certificates has."""
 
 
 @contextlib.contextmanager
@@ -73,25 +68,3 @@ def exists(what: str, name: str, todo: str) -> OperatorError:
         found=name,
         todo=todo,
     )
-
-
-def read_file(path: Path, limit: int = MAX_FILE) -> bytes:
-    """Read a file named on the command line; ``-`` is stdin. Raises UsageError, also for more than ``limit`` bytes."""
-    try:
-        if str(path) == "-":
-            content = sys.stdin.buffer.read(limit + 1)
-        else:
-            with path.open("rb") as file:
-                content = file.read(limit + 1)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in a path
-        raise UsageError(
-            f"{path} cannot be read.",
-            code="file.read",
-            expected="a file that can be read",
-            found=getattr(error, "strerror", None) or str(error),
-        ) from error
-    if len(content) > limit:
-        raise UsageError(
-            f"{path} is too large.", code="file.size", expected=f"at most {limit} bytes", found="more"
-        )
-    return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import os
 import sys
@@ -10,15 +11,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import KagimoriError, OperatorError
-from kagimori_verifier.cli import profiles, records, references, setup, trust, vms, volumes
 from kagimori_verifier.cli.output import CONFIG_HELP, EXIT_CODES, JSON_HELP, NAME, Output, Parser, group
-from kagimori_verifier.settings import DEFAULT_PATH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONFIG_VARIABLE: Final = "KAGIMORI_VERIFIER_CONFIG"
 INTERRUPTED: Final = 130
+
+_MODULES: Final = {
+    "init": "setup",
+    "serve": "setup",
+    "identity": "setup",
+    "vm": "vms",
+    "volume": "volumes",
+    "profile": "profiles",
+    "reference": "references",
+    "endorsements": "trust",
+    "ledger": "records",
+    "explain": "records",
+    "snp": "evidence",
+    "eventlog": "evidence",
+    "quote": "evidence",
+    "certs": "evidence",
+}
+"""Which module of this package declares a verb; only that one is imported, since the database's takes half a second."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Until the words are understood, what they say about the form is only their own word.
-    output = Output(as_json="--json" in words)
+    verb = _verb(words)
+    judging = _MODULES.get(verb) == "evidence"
+    output = Output(as_json="--json" in words, judging=judging)
     code = 0
     try:
         try:
-            options = parser().parse_args(words)
-            output = Output(as_json=options.json)
-            options.config = options.config or Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
+            options = parser(verb).parse_args(words)
+            output = Output(as_json=options.json, judging=judging)
+            if options.configured:
+                options.config = options.config or _default_config()
             code = options.run(options, output)
         except KagimoriError as error:
             code = error.exit_code
@@ -57,8 +77,25 @@ def _close_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser of all verbs."""
+def _default_config() -> Path:
+    from kagimori_verifier.settings import DEFAULT_PATH  # noqa: PLC0415 - a tenth of a second that some verbs save
+
+    return Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_PATH)
+
+
+def _verb(words: Sequence[str]) -> str:
+    """Find the verb among the words; empty where there is none."""
+    rest = iter(words)
+    for word in rest:
+        if word == "--config":
+            next(rest, None)
+        elif not word.startswith("-"):
+            return word
+    return ""
+
+
+def parser(verb: str = "") -> argparse.ArgumentParser:
+    """Build the parser of one verb, or of all where it is none."""
     made = Parser(
         prog=NAME,
         description="Judge the evidence of your confidential VMs and release their disks' keys under your policy.",
@@ -67,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     made.add_argument("--json", action="store_true", help=JSON_HELP)
     verbs = group(made)
-    for module in (setup, vms, volumes, profiles, references, trust, records):
-        module.register(verbs)
+    chosen = [_MODULES[verb]] if verb in _MODULES else dict.fromkeys(_MODULES.values())
+    for module in chosen:
+        importlib.import_module(f"kagimori_verifier.cli.{module}").register(verbs)
     return made

@@ -51,25 +51,41 @@ def group(parser: argparse.ArgumentParser) -> Verbs:
     return parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
 
-def add_verb(verbs: Verbs, name: str, run: Verb | None, about: str, example: str) -> argparse.ArgumentParser:
-    """Declare a verb: what it does in a sentence, and an example. A group of verbs has no ``run``."""
+def add_verb(  # noqa: PLR0913 - what a verb is, by name
+    verbs: Verbs,
+    name: str,
+    run: Verb | None,
+    about: str,
+    example: str,
+    *,
+    epilog: str = EXIT_CODES,
+    configured: bool = True,
+) -> argparse.ArgumentParser:
+    """Declare a verb: what it does in a sentence, and an example. A group of verbs has no ``run``.
+
+    One that is not ``configured`` needs no verifier.toml.
+    """
     parser = verbs.add_parser(
-        name, help=about, description=about, epilog=f"example:\n  {NAME} {example}\n\n{EXIT_CODES}"
+        name,
+        help=about.partition("\n\n")[0],
+        description=about,
+        epilog=f"example:\n  {NAME} {example}\n\n{epilog}",
     )
     # Also after the verb, where people expect them; absent there, what stood before the verb counts.
     parser.add_argument("--config", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=CONFIG_HELP)
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
     if run is not None:
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, configured=configured)
     return parser
 
 
 class Output:
     """Results for people or for programs."""
 
-    def __init__(self, *, as_json: bool) -> None:
-        """Choose the form."""
+    def __init__(self, *, as_json: bool, judging: bool = False) -> None:
+        """Choose the form; the JSON of a verb that is ``judging`` says also of an error that nothing was verified."""
         self.as_json = as_json
+        self._judging = judging
 
     def result(self, value: Any, *lines: str) -> None:  # noqa: ANN401 - whatever JSON can hold
         """Print ``value`` as JSON, or the lines for a person."""
@@ -94,7 +110,8 @@ class Output:
             if text in parts:
                 print(f"  {name}: {printable(parts[text])}", file=sys.stderr)
         if self.as_json:
-            self.result({"error": parts})
+            verdict = {"verified": False, "reasons": [error.reason]} if self._judging else {}
+            self.result(verdict | {"error": parts})
 
     def note(self, text: str) -> None:
         """Tell a person something beside the result."""

@@ -12,7 +12,8 @@ from kagimori_protocol.errors import OperatorError, UsageError
 from kagimori_verifier import ledger
 from kagimori_verifier.appraise.policy import GOVERNED_PCRS, Policy, check_policy, parse_policy
 from kagimori_verifier.cli import arguments
-from kagimori_verifier.cli.access import exists, now_s, read_file, reading, unknown, writing
+from kagimori_verifier.cli.access import exists, now_s, reading, unknown, writing
+from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.store import profiles, references, vms
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kagimori_protocol.errors import UsageError
 from kagimori_verifier import learning, ledger
 from kagimori_verifier.cli import arguments
-from kagimori_verifier.cli.access import exists, now_s, read_file, reading, unknown, writing
+from kagimori_verifier.cli.access import exists, now_s, reading, unknown, writing
+from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group, when
 from kagimori_verifier.cli.profiles import WHERE as PROFILES
 from kagimori_verifier.store import profiles, references, vms

@@ -11,7 +11,8 @@ from kagimori_protocol.errors import KagimoriError, Malformed, OperatorError, Us
 from kagimori_verifier import ledger
 from kagimori_verifier.claims import Root
 from kagimori_verifier.cli import arguments
-from kagimori_verifier.cli.access import exists, now_s, opened, read_file, reading, unknown, writing
+from kagimori_verifier.cli.access import exists, now_s, opened, reading, unknown, writing
+from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.endorsements.directory import EndorsementDirectory
 from kagimori_verifier.roots import AMD_ROOTS, PRODUCTS

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 from kagimori_protocol.errors import OperatorError, UsageError
 from kagimori_verifier import enrolment, identity, ledger, luks_enrol
 from kagimori_verifier.cli import arguments
-from kagimori_verifier.cli.access import now_s, opened, read_file, reading, unknown, writing
+from kagimori_verifier.cli.access import now_s, opened, reading, unknown, writing
+from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.cli.vms import known, shown_volume
 from kagimori_verifier.store import vms

@@ -1,0 +1,200 @@
+"""Event logs of any machine: read, replayed, and held against the PCR values of its TPM.
+
+Beyond ``verify.eventlog``, a log may have what firmware and operating systems are known to add:
+
+- padding after its last event, all zeros or all ones (the area behind an ACPI CCEL table is padded so),
+- events for PCR 0xFFFFFFFF, which extend nothing (Windows ends its logs with such).
+
+In the log of a TDX guest (CCEL) the index of a PCR means a measurement register: 1 is RTMR 0, 2 is RTMR 1, and so
+on. It replays like a TPM's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from kagimori_protocol.errors import KagimoriError
+from kagimori_verifier.examine.pcr_values import numbers
+from kagimori_verifier.verify import eventlog
+from kagimori_verifier.verify.eventlog_layout import (
+    HASHES,
+    PCR_COUNT,
+    Dialect,
+    Event,
+    EventLog,
+    no_bank,
+    read,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kagimori_verifier.examine.pcr_values import Banks
+    from kagimori_verifier.trail import Trail
+    from kagimori_verifier.verify.eventlog import PcrValues
+
+NO_PCR: Final = 0xFFFFFFFF
+LEAST_PADDING: Final = 8
+"""Bytes. Fewer equal bytes can be the head of an event that was cut off: its PCR, and half of its type."""
+
+OPEN_PCRS: Final = frozenset({10, 11, 12, 13, *range(15, 24)})
+"""PCRs that an operating system extends without the firmware's log: IMA (10), systemd and snaps (11 to 13, 15), CEL
+(13), debugging (16), dynamic launch (17 to 22), applications (23). Where the log has no event of one, it says nothing
+about it."""
+
+_HEAD_SIZE: Final = 32  # TCG_PCR_EVENT: pcrIndex, eventType, a SHA-1 digest, eventSize
+_EBS_PCR: Final = 5
+_EBS: Final = (b"Exit Boot Services Invocation", b"Exit Boot Services Returned with Success")
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignLog:
+    """A log that was read: ``log`` is what extends PCRs, ``unmeasured`` the events for no PCR, in the log's order.
+
+    ``padding`` counts the bytes after the last event. ``refusal`` tells why the protocol would refuse such a log, or
+    is None.
+    """
+
+    log: EventLog
+    unmeasured: tuple[Event, ...]
+    padding: int
+    refusal: str | None
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        """Name the banks that can be replayed."""
+        return tuple(bank for bank in self.log.algorithms if bank in HASHES)
+
+
+class _Foreign(Dialect):
+    """Allows padding, and events for no PCR."""
+
+    def __init__(self, raw: bytes) -> None:
+        """Find where padding could begin; it begins at an event's end, or not at all."""
+        runs = [len(raw) - len(raw.rstrip(byte)) for byte in (b"\x00", b"\xff")]
+        self._longest = max(runs)
+        self.padding = 0
+
+    def ends(self, raw: bytes, offset: int) -> bool:
+        rest = len(raw) - offset
+        if LEAST_PADDING <= rest <= self._longest:
+            self.padding = rest
+            return True
+        return super().ends(raw, offset)
+
+    def require_pcr(self, pcr: int, offset: int) -> None:
+        if pcr != NO_PCR:
+            super().require_pcr(pcr, offset)
+
+
+def parse(raw: bytes) -> ForeignLog:
+    """Read a log of any machine. Raises NotAuthentic (eventlog.layout)."""
+    dialect = _Foreign(raw)
+    # An area that nothing was logged to is all padding, and no event of PCR 0.
+    whole = read(raw if any(raw) else b"", dialect)
+    measured = tuple(event for event in whole.events if event.pcr != NO_PCR)
+    unmeasured = tuple(event for event in whole.events if event.pcr == NO_PCR)
+    log = EventLog(whole.algorithms, measured, whole.startup_locality)
+    return ForeignLog(log, unmeasured, dialect.padding, _refusal(raw))
+
+
+def is_begun(raw: bytes) -> bool:
+    """Tell whether bytes begin like an event log, with a TCG_PCR_EVENT that fits, whatever follows."""
+    pcr, size = (int.from_bytes(raw[at : at + 4], "little") for at in (0, 28))
+    return any(raw) and pcr < PCR_COUNT and _HEAD_SIZE + size <= len(raw)
+
+
+def replay(trail: Trail, foreign: ForeignLog, given: Banks | None) -> dict[str, PcrValues]:
+    """Replay every bank, and note each check; nothing is raised, so that all reasons are told together.
+
+    ``given`` are PCR values of the TPM: every one is compared, but those of OPEN_PCRS that the log has no event of.
+    """
+    extending = [event for event in foreign.log.events if event.type != eventlog.EV_NO_ACTION]
+    trail.note(
+        "eventlog.events",
+        bool(extending),
+        expected="at least one event that extends a PCR",
+        found=f"{len(extending)} of {len(foreign.log.events)} events",
+    )
+    trail.note(
+        "eventlog.bank",
+        bool(foreign.banks),
+        expected=f"a digest that can be replayed: {', '.join(HASHES)}",
+        found=", ".join(foreign.log.algorithms),
+    )
+    replayed = {bank: eventlog.replay(foreign.log, bank) for bank in foreign.banks}
+    for bank, values in (given or {}).items():
+        _compare(trail, foreign, replayed, bank, values)
+    return replayed
+
+
+def unexplained(foreign: ForeignLog, given: Mapping[int, bytes], bank: str) -> tuple[int, ...]:
+    """Name the open PCRs that have another value than at start-up, though the log has no event of them."""
+    logged, start = _logged(foreign), _start(foreign, bank)
+    return tuple(
+        pcr
+        for pcr in sorted(given)
+        if pcr in OPEN_PCRS and pcr not in logged and given[pcr] != start.pcr(pcr)
+    )
+
+
+def _start(foreign: ForeignLog, bank: str) -> PcrValues:
+    return eventlog.replay(EventLog((bank,), (), foreign.log.startup_locality), bank)
+
+
+def _compare(
+    trail: Trail,
+    foreign: ForeignLog,
+    replayed: Mapping[str, PcrValues],
+    bank: str,
+    given: Mapping[int, bytes],
+) -> None:
+    if bank not in replayed:
+        error = no_bank(bank, foreign.log.algorithms)
+        trail.note("eventlog.bank", False, expected=str(error.expected), found=str(error.found))  # noqa: FBT003 - it lacks
+        return
+    logged = _logged(foreign)
+    governed = {pcr: digest for pcr, digest in given.items() if pcr in logged or pcr not in OPEN_PCRS}
+    trail.note(
+        "eventlog.pcrs",
+        bool(governed.keys() & logged),
+        expected=f"values of PCRs that the log extends: {numbers(logged)}",
+        found=f"PCRs {numbers(given)} of {bank}",
+    )
+    wrong = eventlog.differing(replayed[bank], governed)
+    for pcr in sorted(governed):
+        trail.note(
+            "eventlog.replay",
+            pcr not in wrong,
+            expected=f"PCR {pcr} ({bank}) {governed[pcr].hex()}",
+            found=f"PCR {pcr} ({bank}) {replayed[bank].pcr(pcr).hex()}"
+            + (_hint(foreign, bank, pcr, governed[pcr]) if pcr in wrong else ""),
+        )
+
+
+def _hint(foreign: ForeignLog, bank: str, pcr: int, expected: bytes) -> str:
+    """Name the trouble with a PCR where it is a known one."""
+    if pcr not in _logged(foreign):
+        return ": the log has no event of it"
+    if pcr == _EBS_PCR:
+        extends = [eventlog.UserspaceExtend(pcr, HASHES[bank](text).digest(), text.decode()) for text in _EBS]
+        if eventlog.replay(foreign.log, bank, extends).pcr(pcr) == expected:
+            return (
+                ": what is missing are the two ExitBootServices events, which firmware or kernel did not log"
+            )
+    return ""
+
+
+def _logged(foreign: ForeignLog) -> set[int]:
+    return {event.pcr for event in foreign.log.events if event.type != eventlog.EV_NO_ACTION}
+
+
+def _refusal(raw: bytes) -> str | None:
+    """Say why the protocol would refuse a log, if it would."""
+    try:
+        log = eventlog.parse(raw)
+        eventlog.replay(log)
+    except KagimoriError as error:
+        return error.reason
+    return None
