@@ -1,0 +1,77 @@
+"""Values just outside the bounds of fields: (message, field, value). Each must be refused, whoever reads the message."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from tests.conformance.making.form import BODIES, UUID
+
+_ONE_KEY: Final = BODIES["keys"]["volumes"]
+_ONE_CHALLENGE: Final = BODIES["evidence"]["challenges"]
+_ONE_CHECK: Final = [{"id": "a", "ok": True, "expected": "", "found": ""}]
+
+OUTSIDE: Final[list[tuple[str, str, Any]]] = [
+    ("hello", "vm_id", ""),
+    ("hello", "vm_id", "Web1"),
+    ("hello", "vm_id", "-web1"),
+    ("hello", "vm_id", "web1\n"),
+    ("hello", "vm_id", "w" * 64),
+    ("hello", "purpose", "lock"),
+    ("hello", "kind", "tdx"),
+    ("hello", "hpke_public_key", bytes(1215)),
+    ("hello", "hpke_public_key", bytes(1217)),
+    ("hello", "ek_public", b""),
+    ("hello", "ak_public", bytes(1025)),
+    ("hello", "volumes", [UUID] * 17),
+    ("hello", "volumes", [UUID.upper()]),
+    ("hello", "agent", ""),
+    ("hello", "agent", "a\x1b[2J"),
+    ("hello", "agent", "k" * 65),
+    ("challenge", "session", bytes(513)),
+    ("challenge", "nonce", bytes(31)),
+    ("challenge", "nonce", bytes(33)),
+    ("challenge", "expires_in", 0),
+    ("challenge", "expires_in", 3601),
+    ("challenge", "pcr_selection", bytes(3)),
+    ("challenge", "pcr_selection", bytes(65)),
+    ("evidence", "hello", bytes(8193)),
+    ("evidence", "challenges", []),
+    ("evidence", "challenges", _ONE_CHALLENGE * 9),
+    ("evidence", "challenges.key", bytes(31)),
+    ("evidence", "challenges.challenge", bytes(4097)),
+    ("evidence", "report", bytes(4097)),
+    ("evidence", "manifest", b""),
+    ("evidence", "manifest", bytes(1025)),
+    ("evidence", "quote.attest", bytes(2049)),
+    ("evidence", "quote.signature", bytes(1025)),
+    ("evidence", "pcrs.index", -1),
+    ("evidence", "pcrs.index", 24),
+    ("evidence", "pcrs.digest", bytes(20)),
+    ("sealed", "session", b""),
+    ("sealed", "session", bytes(513)),
+    ("sealed", "credential.id_object", bytes(513)),
+    ("sealed", "credential.encrypted_secret", bytes(513)),
+    ("sealed", "sealed", b""),
+    ("pending", "session", b""),
+    ("pending", "approval", "Approval 1"),
+    ("pending", "retry_after", 0),
+    ("pending", "retry_after", 3601),
+    ("denial", "session", bytes(513)),
+    ("denial", "code", "Not authentic"),
+    ("confirm", "session", b""),
+    ("confirm", "outcome", "lost"),
+    ("confirm", "mac", bytes(31)),
+    ("receipt", "session", b""),
+    ("receipt", "outcome", "lost"),
+    ("keys", "confirm_key", bytes(31)),
+    ("keys", "volumes", []),
+    ("keys", "volumes", _ONE_KEY * 17),
+    ("keys", "volumes.uuid", UUID.upper()),
+    ("keys", "volumes.unlock_key", bytes(33)),
+    ("keys", "volumes.header_epoch", -1),
+    ("keys", "volumes.next_unlock_key", bytes(31)),
+    ("verdict", "confirm_key", bytes(33)),
+    ("verdict", "checks", _ONE_CHECK * 257),
+    ("verdict", "checks.id", "Cap"),
+    ("verdict", "checks.ok", 1),
+]
