@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from tests.attacks import lies
 from tests.attacks.attacker import denied, judged
 
 from kagimori_protocol import certificate_table
 from kagimori_protocol.snp import FIELDS, REPORT_SIZE
-from kagimori_simulator import amd as simulated_amd
 from kagimori_simulator import faults
-from kagimori_simulator.amd import AmdRoot, Vek
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.attacks.attacker import Prey
 
-    from kagimori_simulator.machine import SnpMachine
 
-LIES = {
-    "a report signed by a key that the attacker made": (faults.signed_by_nobody, "report.signature"),
-    "a report that the firmware did not sign": (faults.unsigned_report, "report.signing-key"),
-    "another chip's certificate, genuine in itself": (faults.swapped_certificate, "endorsement.chip"),
-    "a chip that the certificate does not name": (faults.wrong_chip, "endorsement.chip"),
-    "a better TCB than the certificate's": (faults.wrong_tcb, "endorsement.tcb"),
-    "an intermediate that AMD has revoked": (faults.revoked_intermediate, "endorsement.revoked"),
-    "no certificates at all": (faults.no_certificates, "endorsement.found"),
-}
-
-
-def another_root(amd: AmdRoot) -> AmdRoot:
-    """Make a root with AMD's names and an attacker's keys; the trusted root's, turned round, are fast to come by."""
-    ark = simulated_amd._authority(amd.product, "ARK", amd.ask.key, None)
-    ask = simulated_amd._authority(amd.product, "SEV", amd.asvk.key, ark)
-    return replace(amd, ark=ark, ask=ask, seed=b"an attacker's".ljust(32))
-
-
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("lie", lies.UNPROVEN_REPORTS)
 def test_a_report_that_amd_does_not_vouch_for_is_refused(prey: Prey, lie: str) -> None:
     """T7, T12, T15: the host makes up a report, or shows certificates that do not belong to it."""
-    bend, check = LIES[lie]
+    bend, check = lies.UNPROVEN_REPORTS[lie]
     bend(prey.machine)
     attacker = prey.attacker()
     denied(prey.office, attacker.send(attacker.evidence()), "not-authentic", check)
@@ -55,13 +34,7 @@ def test_a_chain_to_another_root_proves_nothing(prey: Prey, also: str) -> None:
 
     It may hand out the true ARK beside its own, since the verifier has that one in its cache anyway.
     """
-    true = prey.machine.root
-    prey.machine.root = another_root(true)
-    prey.machine._veks = {}
-    chain = prey.machine.chain()
-    if also != "alone":
-        chain[certificate_table.ARK] = true.ark_der
-    prey.machine.certificates = chain
+    lies.chain_to_another_root(prey.machine, beside_the_true=also != "alone")
     attacker = prey.attacker()
     denied(prey.office, attacker.send(attacker.evidence()), "not-authentic", "endorsement.chain")
 
@@ -87,18 +60,7 @@ def test_a_providers_key_cannot_vouch_for_a_chip(prey: Prey) -> None:
 
     The certificate is a VCEK to the last extension, but the intermediate behind it is the one for VLEKs.
     """
-    machine, root = prey.machine, prey.machine.root
-    key = root._vek_key(b"vcek", machine.chip_id, machine.reported_tcb)
-    extensions = [
-        *root._tcb_extensions("Milan-B0", machine.reported_tcb),
-        (f"{simulated_amd._AMD_OID}.4", machine.chip_id),
-    ]
-    forged = Vek(root._issue_vek("SEV-VCEK", root.asvk, key, extensions, None), key)
-    machine.impostor = forged
-    machine.certificates = machine.chain() | {
-        certificate_table.VCEK: forged.certificate_der,
-        certificate_table.ASK: root.asvk_der,
-    }
+    lies.vcek_by(prey.machine, providers=True)
     attacker = prey.attacker()
     denied(prey.office, attacker.send(attacker.evidence()), "not-authentic", "endorsement.chain")
 
@@ -120,7 +82,7 @@ def test_a_vlek_where_policy_wants_the_chip_itself_is_a_refusal_with_reasons(pre
 
 def test_a_report_that_speaks_of_another_product_than_its_root_is_refused(prey: Prey) -> None:
     """T13: the keys of one product line leak; what they sign must not pass for a report of a newer one."""
-    prey.machine.overrides |= {"cpuid_fam_id": 0x19, "cpuid_mod_id": 0x11}  # Genoa, under Milan's root
+    lies.another_product(prey.machine)
     attacker = prey.attacker()
     denied(prey.office, attacker.send(attacker.evidence()), "not-authentic", "endorsement.product")
 
@@ -177,15 +139,9 @@ def test_a_field_changed_after_signing_breaks_the_signature(prey: Prey) -> None:
     denied(prey.office, attacker.send(parts), "not-authentic", "report.signature")
 
 
-def remove_lists(machine: SnpMachine, prey: Prey) -> None:
-    """Take the revocation list out of the verifier's cache."""
-    for path in (prey.office.directory / "endorsements" / "crl").iterdir():
-        path.unlink()
-
-
 def test_without_a_revocation_list_nothing_is_released(prey: Prey) -> None:
     """T15: the host hands out every certificate and "forgets" the list that revokes one of them."""
-    remove_lists(prey.machine, prey)
+    lies.remove_lists(prey.office)
     attacker = prey.attacker()
     judged(attacker, attacker.send(attacker.evidence()), "endorsement.revocation")
     prey.office.change_policy("grub", revocation="if-present")
@@ -195,7 +151,7 @@ def test_without_a_revocation_list_nothing_is_released(prey: Prey) -> None:
 
 def test_a_revocation_list_that_is_past_its_time_is_as_good_as_none(prey: Prey) -> None:
     """T15: the host plays an old list, from before AMD revoked anything; even "if-present" wants a current one."""
-    remove_lists(prey.machine, prey)
+    lies.remove_lists(prey.office)
     old = prey.office.root.crl(last_update=dt.datetime.now(dt.UTC) - dt.timedelta(days=800))
     prey.machine.certificates = prey.machine.chain() | {certificate_table.CRL: old}
     prey.office.change_policy("grub", revocation="if-present")
@@ -209,7 +165,7 @@ def test_an_old_list_from_the_host_does_not_hide_the_newer_one(prey: Prey) -> No
 
     root = prey.office.root
     serials = [root.ask.certificate.serial_number]
-    remove_lists(prey.machine, prey)
+    lies.remove_lists(prey.office)
     EndorsementDirectory(prey.office.directory / "endorsements").add(root.crl(serials))
     old = root.crl(last_update=dt.datetime.now(dt.UTC) - dt.timedelta(days=30))
     prey.machine.certificates = prey.machine.chain() | {certificate_table.CRL: old}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from tests.attacks.attacker import SoftwareAk, denied, t0_of, t1_of
+from tests.attacks.attacker import denied, t0_of
+from tests.attacks.lies import everything_in_software
 from tests.worlds import DIRECT, SVSM
 
 from kagimori_protocol import transcript
@@ -17,24 +18,9 @@ from kagimori_simulator.svsm import Svsm
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.attacks.attacker import Attacker, Prey
+    from tests.attacks.attacker import Prey
 
 GOOD_BUILD = b"\x77" * 48
-
-
-def everything_in_software(attacker: Attacker, vmpl: int) -> dict[str, Any]:
-    """Make evidence with an EK, an AK, PCRs and a log out of files, all of it vouched for by one report."""
-    from kagimori_simulator import measured_boot
-
-    svsm = attacker.svsm
-    assert svsm is not None
-    faults.software_ek(svsm)
-    ak = SoftwareAk()
-    svsm.vmpl = vmpl
-    parts = attacker.evidence(attacker.hello(ek_public=svsm.manifest, ak_public=ak.public))
-    boot = measured_boot.grub()
-    wished = {value.index: boot.pcr(value.index) for value in parts["pcrs"]}
-    return parts | ak.quote(t1_of(parts), wished) | {"event_log": boot.event_log()}
 
 
 def test_an_image_that_nobody_knows_is_refused(prey: Prey) -> None:

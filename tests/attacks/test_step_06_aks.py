@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from tests.attacks.attacker import SoftwareAk, denied, made_up_attest, quoted, t1_of
-from tpm2_pytss.constants import ESYS_TR, TPM2_ALG, TPM2_RH, TPM2_ST, TPMA_OBJECT
-from tpm2_pytss.types import (
-    TPM2B_DIGEST,
-    TPM2B_PUBLIC,
-    TPM2B_SENSITIVE_CREATE,
-    TPMT_PUBLIC,
-    TPMT_SIG_SCHEME,
-    TPMT_TK_HASHCHECK,
-)
+from tests.attacks.attacker import SoftwareAk, denied
+from tests.attacks.lies import quote_by_an_unrestricted_key, with_software_ak
+from tpm2_pytss.constants import TPMA_OBJECT
 
-from kagimori_agent.devices.vtpm import Quote
 from kagimori_protocol.errors import HardwareError, NotAuthentic
 from kagimori_protocol.tpm import AK_REQUIRED
-from kagimori_simulator import measured_boot
 from kagimori_verifier.store import observations
 
 if TYPE_CHECKING:
-    from tests.attacks.attacker import Attacker, Prey
+    from tests.attacks.attacker import Prey
 
 LACKS = {
     "restricted": TPMA_OBJECT.RESTRICTED,
@@ -33,18 +24,6 @@ LACKS = {
     "fixedParent": TPMA_OBJECT.FIXEDPARENT,
     "sensitiveDataOrigin": TPMA_OBJECT.SENSITIVEDATAORIGIN,
 }
-
-
-def good_pcrs(parts: dict[str, Any]) -> dict[int, bytes]:
-    """Give the PCR values that the owner wants to see."""
-    boot = measured_boot.grub()
-    return {value.index: boot.pcr(value.index) for value in parts["pcrs"]}
-
-
-def with_software_ak(attacker: Attacker, ak: SoftwareAk) -> dict[str, Any]:
-    """Make evidence whose quote a software key signs, over perfect PCR values."""
-    parts = attacker.evidence(attacker.hello(ak_public=ak.public))
-    return parts | ak.quote(t1_of(parts), good_pcrs(parts))
 
 
 @pytest.mark.parametrize("attribute", LACKS)
@@ -93,23 +72,8 @@ def test_the_tpms_own_unrestricted_key_signs_a_forged_quote_and_is_refused(prey:
     TPM and EK are genuine, the key lives in the TPM, the signature verifies: only its attributes tell.
     """
     attacker = prey.attacker()
-    esapi = attacker.tpm._esapi
-    template = TPMT_PUBLIC.parse(
-        "ecc256:ecdsa-sha256:null",
-        objectAttributes=int(AK_REQUIRED | TPMA_OBJECT.USERWITHAUTH) & ~int(TPMA_OBJECT.RESTRICTED),
-    )
-    handle, public, *_ = esapi.create_primary(
-        TPM2B_SENSITIVE_CREATE(), TPM2B_PUBLIC(publicArea=template), ESYS_TR.ENDORSEMENT
-    )
-    parts = attacker.evidence(attacker.hello(ak_public=bytes(public.publicArea.marshal())))
-    wished = good_pcrs(parts)
-    attest = made_up_attest(t1_of(parts), wished)
-    digest, _ = esapi.hash(attest, TPM2_ALG.SHA256, ESYS_TR.OWNER)
-    ticket = TPMT_TK_HASHCHECK(tag=TPM2_ST.HASHCHECK, hierarchy=TPM2_RH.NULL)
-    signed = esapi.sign(handle, TPM2B_DIGEST(bytes(digest)), TPMT_SIG_SCHEME(scheme=TPM2_ALG.NULL), ticket)
-    esapi.flush_context(handle)
-    forged = quoted(Quote(attest, bytes(signed.marshal()), sorted(wished.items())))
-    denied(prey.office, attacker.send(parts | forged), "not-authentic", "ak.attributes")
+    with quote_by_an_unrestricted_key(attacker) as parts:
+        denied(prey.office, attacker.send(parts), "not-authentic", "ak.attributes")
 
 
 def test_a_software_ak_with_perfect_words_gets_an_answer_that_it_cannot_open(prey: Prey) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 from tests.attacks.attacker import UNLOCK_KEY, UUID, SoftwareAk, denied, judged, t0_of, t1_of
-from tpm2_pytss.types import TPML_PCR_SELECTION
+from tests.attacks.lies import raw_quote
 
 from kagimori_protocol import messages, tpm, transcript
 from kagimori_protocol.messages import PcrValue
@@ -16,7 +16,7 @@ from kagimori_simulator import measured_boot
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.attacks.attacker import Attacker, Prey
+    from tests.attacks.attacker import Prey
 
 POLICY = tpm.pcr_selection([0, 1, 2, 3, 4, 5, 7, 8, 9, 14, 15])
 SHA384_BANK = POLICY[:4] + b"\x00\x0c" + POLICY[6:]
@@ -28,14 +28,6 @@ OTHER_SELECTIONS = {
     "another bank": SHA384_BANK,
     "no PCR at all": tpm.NO_PCRS,
 }
-
-
-def raw_quote(attacker: Attacker, qualifying: bytes, selection: bytes) -> dict[str, Any]:
-    """Have the TPM quote what the agent would refuse to ask for."""
-    device = attacker.tpm
-    select, _ = TPML_PCR_SELECTION.unmarshal(selection)
-    attest, signature = device._esapi.quote(device._ak, select, qualifying)
-    return {"quote": messages.Quote(attest=bytes(attest), signature=bytes(signature.marshal()))}
 
 
 def test_the_policys_selection_is_the_one_that_these_stories_know(prey: Prey) -> None:

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.attacks.attacker import UNLOCK_KEY, UUID, denied, judged
+from tests.attacks.lies import GOVERNED
 
 from kagimori_simulator import faults, measured_boot
 from kagimori_simulator.event_log import MeasuredBoot
 
 if TYPE_CHECKING:
     from tests.attacks.attacker import Prey
-
-GOVERNED = (0, 1, 2, 3, 4, 5, 7, 8, 9, 14)
 
 
 @pytest.mark.parametrize("missing", [1, 40, 10_000_000])

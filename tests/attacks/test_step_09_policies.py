@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from tests.attacks.attacker import UNLOCK_KEY, UUID, judged
-from tests.worlds import CHIP_ID, VM
+from tests.attacks.lies import ALL_TCBS, DEMANDS, UNWANTED_MACHINES, another_chip, could_go_back
+from tests.worlds import VM
 
 from kagimori_agent.cap import CAP_DATA
 from kagimori_protocol.errors import HardwareError, NotAuthentic
@@ -15,83 +16,25 @@ from kagimori_simulator.measured_boot import GrubLoader, SecureBoot, Shim
 from kagimori_verifier.appraise.policy import TcbFloor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from tests.attacks.attacker import Prey
 
     from kagimori_simulator.event_log import MeasuredBoot
-    from kagimori_simulator.machine import SnpMachine
-
-ALL_TCBS = ("tcb.reported", "tcb.committed", "tcb.current", "tcb.launch")
 
 
-def old_microcode(machine: SnpMachine) -> None:
-    """T12: the platform runs microcode from before a fix, all the rest is new."""
-    machine.reported_tcb = machine.current_tcb = machine.committed_tcb = machine.launch_tcb = (
-        machine.reported_tcb[:7] + b"\x01"
-    )
-
-
-def could_go_back(machine: SnpMachine) -> None:
-    """T12: what runs is new, but COMMITTED_TCB lets the host load the old firmware again."""
-    machine.committed_tcb = bytes(8)
-
-
-def was_launched_on_old(machine: SnpMachine) -> None:
-    """T12: the host updated its firmware after the guest was launched under the old one."""
-    machine.launch_tcb = bytes(8)
-
-
-def unknown_platform_bit(machine: SnpMachine) -> None:
-    """T12: PLATFORM_INFO has a bit that this release has no name for."""
-    machine.platform_info |= 1 << 40
-
-
-def unknown_policy_bit(machine: SnpMachine) -> None:
-    """T14: the guest policy has a bit that this release has no name for."""
-    machine.policy |= 1 << 40
-
-
-def another_chip(machine: SnpMachine) -> None:
-    """T7, T25: a genuine chip, with its own genuine certificate, that is none of the owner's list."""
-    machine.chip_id = bytes(byte ^ 0xFF for byte in CHIP_ID)
-
-
-MACHINES: dict[str, tuple[Callable[[SnpMachine], None], tuple[str, ...]]] = {
-    "a debug policy": (faults.debug_policy, ("policy.allowed",)),
-    "a migration agent": (faults.migration_policy, ("policy.allowed",)),
-    "a policy bit without a name": (unknown_policy_bit, ("policy.allowed",)),
-    "old firmware": (faults.old_firmware, ALL_TCBS),
-    "old microcode": (old_microcode, ALL_TCBS),
-    "firmware that can go back": (could_go_back, ("tcb.committed",)),
-    "a launch under old firmware": (was_launched_on_old, ("tcb.launch",)),
-    "a platform bit without a name": (unknown_platform_bit, ("platform.allowed",)),
-    "another chip": (another_chip, ("chip.allowed",)),
-}
-
-
-@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("machine", UNWANTED_MACHINES)
 def test_a_machine_that_the_owner_does_not_want_gets_a_verdict_instead_of_a_key(
     prey: Prey, machine: str
 ) -> None:
     """T7, T12, T14: the host runs the right image in the wrong way; the report is genuine and says so."""
-    bend, checks = MACHINES[machine]
+    bend, checks = UNWANTED_MACHINES[machine]
     bend(prey.machine)
     attacker = prey.attacker()
     judged(attacker, attacker.send(attacker.evidence()), *checks)
 
 
-@pytest.mark.parametrize(
-    ("demand", "check"),
-    [
-        ({"platform_required": ["CIPHERTEXT_HIDING_DRAM_EN"]}, "platform.required"),
-        ({"guest_policy_required": ["SINGLE_SOCKET"]}, "policy.required"),
-        ({"launch_mitigations": 1}, "mitigation.launch"),
-        ({"current_mitigations": 2}, "mitigation.current"),
-    ],
-    ids=["platform", "policy", "launch mitigations", "current mitigations"],
-)
+@pytest.mark.parametrize(("demand", "check"), DEMANDS.values(), ids=DEMANDS)
 def test_what_a_report_does_not_say_is_not_assumed(prey: Prey, demand: dict[str, object], check: str) -> None:
     """T12: an owner demands a protection; a report of an older version, or a host without it, is silent about it."""
     prey.office.change_policy("grub", **demand)
