@@ -1,0 +1,217 @@
+"""LUKS2 headers: as bytes, as a JSON area, and as binary fields, with checksums made right as a host would make them.
+
+The first byte chooses. A JSON area is written into both copies; fields come with two bytes of offset and are written
+into both copies, or into one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+
+from tests.fuzz import workshop
+from tests.fuzz.bounds import BOUNDS
+from tests.fuzz.mutators import documents, parts
+from tests.fuzz.target import Mutate, Target
+
+from kagimori_agent.luks_allowed import check
+from kagimori_agent.luks_header import BINARY_SIZE, SIZES, parse, probe
+from kagimori_protocol.errors import DiskError
+
+BYTES, AREA, BOTH, ONE = range(4)
+SIZE = SIZES[0]
+UUID = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
+CSUM = slice(448, 512)
+
+
+def honest(size: int = SIZE) -> dict[str, object]:
+    """Give the JSON that cryptsetup writes for a new volume, to the letter of LUKS2 On-Disk Format 1.1.1, section 3."""
+    keyslot = {
+        "type": "luks2",
+        "key_size": 64,
+        "af": {"type": "luks1", "stripes": 4000, "hash": "sha256"},
+        "area": {
+            "type": "raw",
+            "offset": str(2 * size),
+            "size": "258048",
+            "encryption": "aes-xts-plain64",
+            "key_size": 64,
+        },
+        "kdf": {"type": "argon2id", "time": 4, "memory": 1048576, "cpus": 4, "salt": "c2FsdA=="},
+    }
+    digest = {
+        "type": "pbkdf2",
+        "keyslots": ["0"],
+        "segments": ["0"],
+        "hash": "sha256",
+        "iterations": 1000,
+        "salt": "c2FsdA==",
+        "digest": "ZGlnZXN0",
+    }
+    segment = {
+        "type": "crypt",
+        "offset": "16777216",
+        "size": "dynamic",
+        "iv_tweak": "0",
+        "encryption": "aes-xts-plain64",
+        "sector_size": 512,
+    }
+    return {
+        "keyslots": {"0": keyslot},
+        "tokens": {},
+        "segments": {"0": segment},
+        "digests": {"0": digest},
+        "config": {"json_size": str(size - BINARY_SIZE), "keyslots_size": "16744448"},
+    }
+
+
+def copy(text: bytes, *, secondary: bool, size: int = SIZE) -> bytearray:
+    """Make one copy of a header, but for its checksum (figure 2)."""
+    made = bytearray(size)
+    made[0:6] = b"SKUL\xba\xbe" if secondary else b"LUKS\xba\xbe"
+    made[6:8] = (2).to_bytes(2, "big")
+    made[8:16] = size.to_bytes(8, "big")
+    made[16:24] = (3).to_bytes(8, "big")
+    made[72:78] = b"sha256"
+    made[168 : 168 + len(UUID)] = UUID.encode()
+    made[256:264] = (size if secondary else 0).to_bytes(8, "big")
+    text = text[: size - BINARY_SIZE]
+    made[BINARY_SIZE : BINARY_SIZE + len(text)] = text
+    return made
+
+
+def summed(made: bytearray) -> bytes:
+    """Make a copy's checksum right."""
+    made[CSUM] = bytes(64)
+    made[448:480] = hashlib.sha256(made).digest()
+    return bytes(made)
+
+
+def header(text: bytes, size: int = SIZE) -> bytes:
+    """Make a whole header around a JSON area."""
+    return summed(copy(text, secondary=False, size=size)) + summed(copy(text, secondary=True, size=size))
+
+
+def patched(data: bytes, *, both: bool) -> bytes:
+    """Make a header with bytes written at a place of both copies, or of the secondary alone."""
+    text = json.dumps(honest()).encode()
+    at, new = int.from_bytes(data[:2], "big") % SIZE, data[2:]
+    copies = []
+    for secondary in (False, True):
+        made = copy(text, secondary=secondary)
+        if both or secondary:
+            made[at : at + len(new)] = new[: SIZE - at]
+        copies.append(summed(made))
+    return b"".join(copies)
+
+
+def run(data: bytes) -> None:
+    """Read a header and ask whether it may be used."""
+    choice, raw = workshop.head(data)
+    match choice % 4:
+        case 0:
+            whole = raw
+        case 1:
+            whole = header(raw, SIZES[choice >> 2 & 1])
+        case 2:
+            whole = patched(raw, both=True)
+        case _:
+            whole = patched(raw, both=False)
+    claimed = probe(whole[:BINARY_SIZE])
+    read = check(parse(whole))
+    assert read.uuid == claimed
+    check_allowed(read.json, whole, read.size)
+    for text in (read.label, read.subsystem, read.uuid):
+        assert text.isascii()
+        assert text.isprintable() or not text
+
+
+def check_allowed(document: object, whole: bytes, size: int) -> None:
+    """A header that is used has one encrypted segment, no way round the key, and reads the same to everyone."""
+    assert isinstance(document, dict)
+    text = whole[BINARY_SIZE:size].rstrip(b"\0")
+    assert json.loads(text) == document
+    assert whole[size + BINARY_SIZE :].rstrip(b"\0") == text
+    assert list(document["segments"]) == ["0"]
+    segment = document["segments"]["0"]
+    assert segment["type"] == "crypt"
+    assert segment["encryption"] == "aes-xts-plain64"
+    assert int(segment["offset"]) >= 2 * size
+    assert document["tokens"] == {}
+    assert not document["config"].get("flags")
+    assert not document["config"].get("requirements")
+    for keyslot in document["keyslots"].values():
+        assert keyslot["type"] == "luks2"
+        assert keyslot["area"]["encryption"] == "aes-xts-plain64"
+        assert keyslot["key_size"] == keyslot["area"]["key_size"] == 64
+    assert sorted(document["digests"]["0"]["keyslots"]) == sorted(document["keyslots"])
+
+
+def seeds() -> Iterator[bytes]:
+    """Give an honest header as bytes, as JSON in two sizes, and with a label written into both copies."""
+    text = json.dumps(honest()).encode()
+    yield bytes([BYTES]) + header(text)
+    yield bytes([AREA]) + text
+    yield bytes([AREA | 4]) + json.dumps(honest(SIZES[1])).encode()
+    yield bytes([BOTH]) + (24).to_bytes(2, "big") + b"root disk"
+    yield bytes([BOTH]) + (208).to_bytes(2, "big") + b"subsystem"
+    yield bytes([ONE]) + (104).to_bytes(2, "big") + bytes(range(64))  # each copy has its own salt
+    second = honest()
+    slots = second["keyslots"]
+    assert isinstance(slots, dict)
+    slots["1"] = slots["0"] | {
+        "priority": 2,
+        "kdf": {"type": "pbkdf2", "salt": "AA==", "hash": "sha512", "iterations": 1},
+    }
+    second["digests"]["0"]["keyslots"] = ["0", "1"]  # type: ignore[index]  # JSON
+    yield bytes([AREA]) + json.dumps(second).encode()
+
+
+def worst() -> Iterator[tuple[str, bytes]]:
+    """Give headers of the largest size, full of what makes JSON parsers work."""
+    size = SIZES[-1]
+    room = size - BINARY_SIZE - 1
+    for what, text in {
+        "empty lists": b"[" + b"[]," * (room // 3 - 1) + b"[]]",
+        "empty objects": b"[" + b"{}," * (room // 3 - 1) + b"{}]",
+        "small objects": b"[" + b'{"":0},' * (room // 7 - 1) + b"0]",
+        "numbers": b"[" + b"0," * (room // 2 - 1) + b"0]",
+        "large numbers": b"[" + b"9223372036854775807," * (room // 20 - 1) + b"0]",
+        "names": b"{" + b",".join(b'"%06x":0' % i for i in range(room // 11)) + b"}",
+        "one name again and again": b"{" + b'"":0,' * (room // 5 - 1) + b'"":0}',
+        "lists in lists": b"[" * room,
+        "one text of escapes": b'"' + b"\\u0041" * (room // 6 - 1) + b'"',
+        "digits": b"9" * room,
+        "no zero at all": b"x" * (room + 1),
+    }.items():
+        yield what, bytes([BYTES]) + header(text, size)
+
+
+def mutate_header(data: bytes, limit: int, chance: random.Random, mutate: Mutate) -> bytes:
+    """Change the JSON as JSON, a field's place or bytes, or any bytes of a whole header."""
+    choice, body = (data[0], data[1:]) if data else (AREA, b"")
+    if chance.random() < 0.03:
+        choice = chance.randrange(8)
+    if choice % 4 == AREA:
+        return bytes([choice]) + documents.mutate_document(body, limit - 1, chance, mutate)
+    if choice % 4 != BYTES and chance.random() < 0.7:
+        offset = chance.choice((0, 6, 8, 16, 24, 72, 104, 168, 208, 256, 264, 448, 512, 4095, 4096))
+        with suppress(IndexError):
+            return bytes([choice]) + offset.to_bytes(2, "big") + parts.part(body[2:], 64, chance, mutate)
+    return bytes([choice]) + mutate(body, limit - 1)
+
+
+TARGET = Target(
+    name="luks",
+    about="LUKS2 headers: binary fields, JSON, and what a header may say",
+    bound=BOUNDS["luks"],
+    refusals=(DiskError,),
+    run=run,
+    seeds=seeds,
+    worst=worst,
+    mutate=mutate_header,
+    covers=("kagimori_agent.luks_header", "kagimori_agent.luks_allowed"),
+)
