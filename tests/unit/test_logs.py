@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -67,3 +69,21 @@ def test_lines_follow_a_stderr_that_was_replaced(
         assert [json.loads(line)["event"] for line in other.getvalue().splitlines()] == ["second", "third"]
     logger.info("fourth")
     assert "fourth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EFBIG, errno.EPIPE, errno.EIO])
+def test_a_line_that_cannot_be_written_stops_nobody(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk behind stderr is full, or its reader has gone: a guest still gets its answer."""
+
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(error, os.strerror(error))
+
+        def flush(self) -> None:
+            raise OSError(error, os.strerror(error))
+
+    logs.to_stderr()
+    with monkeypatch.context() as replaced:
+        replaced.setattr("sys.stderr", Broken())
+        structlog.get_logger("kagimori").warning("refused", code="session.fresh")
+        logging.getLogger("uvicorn.error").warning("a library's")

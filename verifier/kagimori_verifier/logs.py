@@ -1,7 +1,12 @@
-"""Logs as JSON lines on stderr. Nothing secret is ever handed to a logger, and bytes are not printed even then."""
+"""Logs as JSON lines on stderr. Nothing secret is ever handed to a logger, and bytes are not printed even then.
+
+A line that cannot be written is lost, and whoever logged it goes on: guests are answered, or refused, whether or not the
+disk behind stderr is full or the reader of its pipe has gone. What must not be lost is in the ledger.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import sys
@@ -17,15 +22,18 @@ _SHARED: Final = (
 
 
 class _Stderr(io.TextIOBase):
-    """Stderr as it is when a line is written: whoever has replaced it since is followed."""
+    """Stderr as it is when a line is written: whoever has replaced it since is followed. Never raises OSError."""
 
     def write(self, text: str) -> int:
         """Write to it."""
-        return sys.stderr.write(text)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
 
     def flush(self) -> None:
         """Flush it."""
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def to_stderr() -> None:
