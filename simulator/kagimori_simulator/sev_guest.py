@@ -194,7 +194,7 @@ class SevGuest:
 
     def _through_the_host(self, message: _Message) -> None:
         started = time.monotonic()
-        too_small = 0
+        needed: int | None = None
         while vmm_error := self._vmgexit(message):
             if vmm_error == VMM_BUSY:
                 message.exitinfo2 = VMM_BUSY << 32
@@ -202,14 +202,14 @@ class SevGuest:
                     _refuse(errno.ETIMEDOUT)
                 time.sleep(self.retry_delay_s)
             elif vmm_error == VMM_INVALID_LEN and message.extended:
-                too_small = self._pages_needed()
+                needed = self._pages_needed()
                 message.extended = False
             else:
                 message.exitinfo2 = vmm_error << 32
                 _refuse(errno.EIO)
         message.exitinfo2 = 0
-        if too_small:
-            message.pages = too_small
+        if needed is not None:
+            message.pages = needed
             message.exitinfo2 = VMM_INVALID_LEN << 32
             _refuse(errno.EIO)
 

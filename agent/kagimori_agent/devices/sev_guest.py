@@ -262,7 +262,8 @@ class SevGuest:
         try:
             yield descriptor
         finally:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # nothing was written that closing could lose
+                os.close(descriptor)
 
     def _explain(self, error: OSError, expected: str, more: str = "") -> KagimoriError:
         """Turn what the kernel said into who must act."""
@@ -328,6 +329,8 @@ def trimmed(table: bytes) -> bytes:
 
     A table without an end, or one that points outside, is left as it is: it is the verifier that judges it.
     """
+    if not any(table):
+        return b""
     reach = 0
     for at in range(0, len(table) - ENTRY_SIZE + 1, ENTRY_SIZE):
         row = table[at : at + ENTRY_SIZE]
