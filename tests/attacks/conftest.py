@@ -29,11 +29,12 @@ from kagimori_simulator.machine import SnpMachine
 from kagimori_simulator.svsm import Svsm
 from kagimori_simulator.vtpm import Vtpm
 
-pytest.register_assert_rewrite("tests.attacks.attacker")
+pytest.register_assert_rewrite("tests.attacks.attacker", "tests.attacks.bite", "tests.attacks.lies")
 
 from tests.attacks.attacker import UNLOCK_KEY, UUID, Prey, closing  # noqa: E402 - after its asserts may be rewritten
+from tests.attacks.bite.scenes import scene, stands  # noqa: E402 - as above
 
-__all__ = ["amd", "enrolled", "new_verifier", "office", "owner", "volume"]
+__all__ = ["amd", "enrolled", "new_verifier", "office", "owner", "scene", "stands", "volume"]
 
 
 @pytest.fixture(scope="session")

@@ -12,24 +12,27 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 import requests
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.attacks.hosts import (
+    Middle,
+    Reply,
+    own_key,
+    own_key_under_its_name,
+    signature_of_the_true_answer,
+    unsigned,
+)
 
 from kagimori_agent.unlock import unlock
-from kagimori_protocol import messages, sealing, signature, transcript
+from kagimori_protocol import messages, signature
 from kagimori_protocol.errors import KagimoriError, NetworkError
-from kagimori_protocol.messages import Challenge, Evidence, Hello, Sealed
+from kagimori_protocol.messages import Challenge
 
 if TYPE_CHECKING:
     from tests.worlds import Enrolled
 
 pytestmark = pytest.mark.slow  # the quick suite has three minutes
 
-Reply = tuple[int, bytes, str | None]
-"""Status, body, signature header."""
 HONEST_S = 20.0
 """Budget where an answer is expected; where none is, a boot has given up after a second."""
-Middle = Callable[[str, bytes, Callable[[], Reply]], Reply]
-"""What the host does with a request: path, body, and a way to ask the true verifier."""
 
 
 class _Quiet(ThreadingHTTPServer):
@@ -90,61 +93,6 @@ def unlock_through(
             error = caught
         assert world.vtpm is not None
         return error, said, world.vtpm.pcr(15)
-
-
-def attackers_answer(evidence: bytes) -> bytes:
-    """Make the attacker's own answer to evidence: the EK, the AK and the HPKE key are all that it takes."""
-    from kagimori_protocol import tpm
-
-    sent = messages.decode(Evidence, evidence)
-    hello = messages.decode(Hello, sent.hello)
-    own = sent.challenges[0]
-    t0 = transcript.t0(sent.hello, [(own.key, own.challenge)])
-    binding = transcript.answer_binding(t0, own.challenge, evidence)
-    secret = bytes(32)
-    assert isinstance(hello.ek_public, bytes)
-    assert isinstance(hello.ak_public, bytes)
-    id_object, encrypted = tpm.make_credential(hello.ek_public, tpm.object_name(hello.ak_public), secret)
-    key = messages.VolumeKey(uuid=hello.volumes[0], unlock_key=b"\x66" * 32, header_epoch=0)
-    payload = messages.encode(messages.Keys(confirm_key=bytes(32), volumes=[key]))
-    return messages.encode(
-        Sealed(
-            version=1,
-            session=messages.decode(Challenge, own.challenge).session,
-            credential=messages.Credential(id_object=id_object, encrypted_secret=encrypted),
-            sealed=sealing.seal(hello.hpke_public_key, binding, payload, secret),
-        )
-    )
-
-
-def unsigned(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
-    """Answer evidence with the attacker's own key for the attacker's own planted disk, and sign nothing."""
-    return (200, attackers_answer(body), None) if path == messages.PATH_RELEASE else ask()
-
-
-def own_key(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
-    """As before, and sign with a key of the attacker's."""
-    if path != messages.PATH_RELEASE:
-        return ask()
-    answer = attackers_answer(body)
-    return 200, answer, signature.sign(Ed25519PrivateKey.generate(), body, answer)
-
-
-def own_key_under_its_name(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
-    """As before, and claim that it is the verifier's key."""
-    status, _, signed = ask()
-    if path != messages.PATH_RELEASE:
-        return status, _, signed
-    assert signed is not None
-    answer = attackers_answer(body)
-    forged = signature.sign(Ed25519PrivateKey.generate(), body, answer)
-    return 200, answer, signed.split(" sig=")[0] + " sig=" + forged.split(" sig=")[1]
-
-
-def signature_of_the_true_answer(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
-    """As before, with the signature of the answer that it replaces."""
-    status, true, signed = ask()
-    return (status, true, signed) if path != messages.PATH_RELEASE else (200, attackers_answer(body), signed)
 
 
 def challenge_as_answer(path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 from tests.attacks.attacker import UNLOCK_KEY, UUID, Attacker, Told
-from tests.attacks.bite.blind import Twin
+from tests.attacks.bite.blind import Twin, blind
 from tests.worlds import Owner
 
 from kagimori_agent.devices.vtpm import Vtpm as OpenVtpm
@@ -17,9 +18,9 @@ from kagimori_protocol.messages import Verdict
 from kagimori_simulator.machine import SnpMachine
 from kagimori_simulator.svsm import Svsm
 
-Where = Literal["honest", "evil", "capped", "uki", "direct"]
+Where = Literal["honest", "evil", "capped", "uki", "direct", "agent"]
 """Which VM the attacker has in its hands: its honest boot, one with the attacker's kernel, its honest boot after the
-agent has capped it, one that boots a UKI, or one without an SVSM."""
+agent has capped it, one that boots a UKI, one without an SVSM, or one where an agent makes the TPM's keys itself."""
 
 
 class Stopped(Exception):
@@ -32,11 +33,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Stand:
-    """A VM's TPM that many stories share: it stays open, and has made its keys."""
+    """A VM's TPM that many stories share: it stays open. ``keys`` are EK and AK, made once, or None to make them each time."""
 
     svsm: Svsm
     vtpm: OpenVtpm
-    keys: tuple[bytes, bytes]
+    keys: tuple[bytes, bytes] | None
 
 
 @dataclass
@@ -113,3 +114,25 @@ def ask_as_the_vm_does(scene: Scene) -> None:
     """Tell no lie in the protocol: the lie lies below, in the machine or in the owner's books."""
     attacker = scene.attacker()
     steal(attacker, attacker.evidence())
+
+
+def hold(story: Story, scene: Scene, twins: Mapping[str, Twin]) -> None:
+    """Hold a story to its words: each of its checks alone stops the attack, and without any of them it gets through."""
+    known = dict(twins) | dict(story.twins)
+    story.prepare(scene)
+    for last in story.checks:
+        with blind(set(story.checks) - {last}, known):
+            assert stopped(story, scene) == {last}
+    if len(story.checks) > 1:
+        assert stopped(story, scene) <= set(story.checks)
+    with blind(story.checks, known):
+        story.attack(scene)
+
+
+def stopped(story: Story, scene: Scene) -> frozenset[str]:
+    """Play an attack that must fail; gives the checks that ended it."""
+    try:
+        story.attack(scene)
+    except Stopped as ended:
+        return ended.by
+    pytest.fail(f"nothing stops this: {story.told}")
