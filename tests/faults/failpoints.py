@@ -80,8 +80,16 @@ def arm(
     signal: int = signals.SIGKILL,
     busy_s: float | None = None,
     year: int | None = None,
+    user: int | None = None,
 ) -> None:
-    """Set the points of this process. ``busy_s`` makes the database impatient, ``year`` moves Python's wall clock."""
+    """Set the points of this process.
+
+    ``busy_s`` makes the database impatient, ``year`` moves Python's wall clock, ``user`` is whose process it becomes.
+    """
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
     points = Points(record, at, signal)
     _watch_database(points)
     _watch_verifier(points)
