@@ -78,9 +78,11 @@ def corpus_of(name: str) -> Path:
 
 
 def write_seeds(name: str, directory: Path) -> None:
-    """Write a target's seeds to files."""
-    for seed in load(name).seeds():
-        (directory / hashlib.sha256(seed).hexdigest()).write_bytes(seed)
+    """Write a target's seeds to files, but for those that a fuzzer would cut."""
+    target = load(name)
+    for seed in target.seeds():
+        if len(seed) <= target.bound.fuzzed:
+            (directory / hashlib.sha256(seed).hexdigest()).write_bytes(seed)
 
 
 def fuzz(name: str, seconds: int, seed: int, say: Callable[[str], None], every_s: float = 10) -> Outcome:

@@ -105,6 +105,18 @@ def mutated(log: EventLog, limit: int, chance: random.Random, mutate: Mutate) ->
     return written(banks, listed, sizes)[:limit]
 
 
+def one_of_each(log: EventLog) -> bytes:
+    """Write a short log: of each PCR and type the first event, in the bank that is judged."""
+    first = {
+        (event.pcr, event.type): event for event in reversed(log.events[1:]) if "sha256" in event.digests
+    }
+    kept = sorted(first.values(), key=lambda event: event.index)
+    return written(
+        ["sha256"],
+        [Logged(event.pcr, event.type, {"sha256": event.digests["sha256"]}, event.data) for event in kept],
+    )
+
+
 def kind(chance: random.Random) -> int:
     """Give an event's type: mostly one that has a meaning."""
     return chance.choice((*TYPE_NAMES, HCRTM, chance.randrange(1 << 32)))
