@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +12,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.store import sqlite
+from kagimori_verifier.store.turns import NoTurn, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -66,7 +66,7 @@ class Store:
     def __init__(self, url: str) -> None:
         """Prepare an engine; nothing is opened yet. Raises OperatorError for a URL that names no database."""
         self._file: tuple[int, int] | None = None
-        self._writing = threading.Lock()
+        self._turns = Turns(self._begun_to_write)
         try:
             parsed = make_url(url)
             self._path = Path(parsed.database or "") if parsed.get_backend_name() == sqlite.NAME else None
@@ -124,13 +124,17 @@ class Store:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Txn]:
-        """Write in one transaction: all of it is kept and synchronised at the end, or none.
+        """Write all of it or nothing: what was written is kept and synchronised when the block has ended.
 
-        A thread that writes must not begin another write before it has ended this one.
+        Threads that write at once share a transaction, and each waits for its commit (``turns``). A thread that writes
+        must not begin another write before it has ended this one.
         """
-        with self._only_writer(), self._begun(sqlite.BEGIN_WRITE) as connection:
-            yield Txn(connection)
-            self._require_same_file()
+        try:
+            with _explained(), self._turns.one(sqlite.BUSY_S) as connection:
+                yield Txn(connection)
+        except NoTurn:
+            code, todo = sqlite.LOCKED
+            raise _unavailable(code, f"other threads have written for {sqlite.BUSY_S} s", todo) from None
 
     def ping(self) -> None:
         """Raise StoreUnavailable if the database cannot be read."""
@@ -142,15 +146,11 @@ class Store:
         self._engine.dispose()
 
     @contextlib.contextmanager
-    def _only_writer(self) -> Iterator[None]:
-        """Queue this program's threads: a database only lets one write, and SQLite's own waiting is asleep when a turn comes."""
-        if not self._writing.acquire(timeout=sqlite.BUSY_S):
-            code, todo = sqlite.LOCKED
-            raise _unavailable(code, f"other threads have written for {sqlite.BUSY_S} s", todo)
-        try:
-            yield
-        finally:
-            self._writing.release()
+    def _begun_to_write(self) -> Iterator[Connection]:
+        """Begin a transaction that writes, and is committed only to the file that it was begun on."""
+        with self._begun(sqlite.BEGIN_WRITE) as connection:
+            yield connection
+            self._require_same_file()
 
     @contextlib.contextmanager
     def _begun(self, statement: str) -> Iterator[Connection]:
@@ -159,7 +159,7 @@ class Store:
             self._require_same_file()
             with self._engine.connect() as connection, connection.begin():
                 if self._path is not None:
-                    connection.execute(text(statement))
+                    connection.exec_driver_sql(statement)
                 yield connection
 
     @contextlib.contextmanager
