@@ -36,6 +36,9 @@ _UUID: Final = slice(168, 208)
 _CHECKSUM_ALG: Final = b"sha256"
 _UUID_FORM: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _INT_BOUND: Final = 1 << 63
+MAX_JSON: Final = 1 << 16
+"""Bytes of JSON at most, however large the area for it: 32 keyslots and no tokens need half of that. A full area of 4 MiB
+would cost a second and 130 MiB of an initramfs."""
 _SHOWN: Final = 120
 
 
@@ -184,6 +187,8 @@ def _copy(raw: bytes, magic: bytes, offset: int) -> _Copy:
         raise refusal("luks.json", "a JSON area that ends in zeros", "no zero")
     if any(rest):
         raise refusal("luks.json", "zeros after the JSON", "something else")
+    if len(text) > MAX_JSON:
+        raise refusal("luks.json", f"JSON of at most {MAX_JSON} bytes", f"{len(text)} bytes")
     return _Copy(size, seqid, label, uuid, subsystem, text)
 
 

@@ -1,0 +1,166 @@
+"""A LUKS2 header with right checksums that says what an honest one does not: each forgery is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from tests.unit.luks.headers import HONEST, RAW, SIZE, Json, config, edited, flip, header, segment
+
+from kagimori_agent.luks_allowed import check
+from kagimori_agent.luks_header import LuksHeader, parse
+from kagimori_protocol.errors import DiskError
+
+
+def checked(document: Json) -> LuksHeader:
+    """Read a header with this JSON, and ask whether it may be used."""
+    return check(parse(header(json.dumps(document).encode())))
+
+
+def test_the_honest_header_of_these_tests_is_accepted() -> None:
+    """Otherwise every refusal below would mean nothing."""
+    read = checked(HONEST)
+    assert read.json == HONEST
+    assert read.seqid == 3
+
+
+def _keyslot(**changes: object) -> Callable[[Json], object]:
+    return lambda one: one["keyslots"]["0"].update(changes)
+
+
+def _part(part: str, **changes: object) -> Callable[[Json], object]:
+    return lambda one: one["keyslots"]["0"][part].update(changes)
+
+
+def _digest(**changes: object) -> Callable[[Json], object]:
+    return lambda one: one["digests"]["0"].update(changes)
+
+
+FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
+    "a null cipher for the data lays the volume open": (
+        "luks.cipher",
+        segment(encryption="cipher_null-ecb"),
+    ),
+    "a null cipher in capitals": ("luks.cipher", segment(encryption="CIPHER_NULL-ecb")),
+    "a null cipher in the kernel's own spelling": (
+        "luks.cipher",
+        segment(encryption="capi:ecb(cipher_null)-plain"),
+    ),
+    "a null cipher of the keyslot opens with any key": (
+        "luks.cipher",
+        _part("area", encryption="cipher_null-ecb"),
+    ),
+    "a weaker mode for the data": ("luks.cipher", segment(encryption="aes-ecb")),
+    "a cipher that is a list": ("luks.cipher", segment(encryption=["aes-xts-plain64"])),
+    "a cipher that is missing": ("luks.members", lambda one: one["segments"]["0"].pop("encryption")),
+    "a linear segment is plain data": ("luks.value", segment(type="linear")),
+    "a linear segment beside the encrypted one": (
+        "luks.segments",
+        lambda one: one["segments"].update({"1": {"type": "linear", "offset": "0", "size": "dynamic"}}),
+    ),
+    "two encrypted segments": (
+        "luks.segments",
+        lambda one: one["segments"].update({"1": one["segments"]["0"]}),
+    ),
+    "no segment": ("luks.segments", lambda one: one["segments"].clear()),
+    "a segment of another number": (
+        "luks.segments",
+        lambda one: one["segments"].update({"7": one["segments"].pop("0")}),
+    ),
+    "a segment that is a backup of re-encryption": ("luks.segment-flags", segment(flags=["backup-final"])),
+    "integrity with a journal of the host's making": (
+        "luks.segment-integrity",
+        segment(integrity={"type": "none", "journal_encryption": "none", "journal_integrity": "none"}),
+    ),
+    "a segment that starts within the header": ("luks.value", segment(offset="16384")),
+    "a segment that starts at a negative place": ("luks.value", segment(offset="-512")),
+    "an offset that is a number": ("luks.value", segment(offset=16777216)),
+    "an offset with a leading zero": ("luks.value", segment(offset="016777216")),
+    "an offset of many digits": ("luks.value", segment(offset="9" * 30)),
+    "a segment cut short": ("luks.value", segment(size="4096")),
+    "other initial vectors": ("luks.value", segment(iv_tweak="8")),
+    "an odd sector size": ("luks.value", segment(sector_size=1024)),
+    "a sector size that is true": ("luks.value", segment(sector_size=True)),
+    "a key of a hardware-encrypting disk": ("luks.value", segment(type="hw-opal-crypt")),
+    "an unknown member of the segment": ("luks.members", segment(opal_key_size=32)),
+    "a keyslot of re-encryption": (
+        "luks.value",
+        _keyslot(type="reencrypt", mode="reencrypt", direction="forward"),
+    ),
+    "a volume key of half the size": ("luks.value", _keyslot(key_size=32)),
+    "a volume key of no size": ("luks.value", _keyslot(key_size=0)),
+    "a keyslot key of one byte": ("luks.value", _part("area", key_size=1)),
+    "an unknown member of the keyslot": ("luks.members", _keyslot(flags=["x"])),
+    "a priority that cryptsetup does not know": ("luks.value", _keyslot(priority=3)),
+    "a priority that is true": ("luks.value", _keyslot(priority=True)),
+    "an area at a place that is a number": ("luks.value", _part("area", offset=32768)),
+    "an area of a size that is a number": ("luks.value", _part("area", size=258048)),
+    "an area of another type": ("luks.value", _part("area", type="none")),
+    "another diffusion": ("luks.value", _part("af", hash="crc32")),
+    "a splitter that nobody knows": ("luks.value", _part("af", type="none")),
+    "fewer stripes": ("luks.value", _part("af", stripes=1)),
+    "an unknown KDF": ("luks.value", _part("kdf", type="none")),
+    "a KDF of a broken hash": (
+        "luks.value",
+        _keyslot(kdf={"type": "pbkdf2", "salt": "c2FsdA==", "hash": "md5", "iterations": 1000}),
+    ),
+    "a KDF without its salt": ("luks.members", lambda one: one["keyslots"]["0"]["kdf"].pop("salt")),
+    "a KDF that is null": ("luks.json", _keyslot(kdf=None)),
+    "no keyslots": ("luks.keyslots", lambda one: one["keyslots"].clear()),
+    "a keyslot that no digest checks": (
+        "luks.digests",
+        lambda one: one["keyslots"].update({"1": one["keyslots"]["0"]}),
+    ),
+    "a second digest for a key of the host's": (
+        "luks.digests",
+        lambda one: one["digests"].update({"1": one["digests"]["0"]}),
+    ),
+    "a digest of no segment": ("luks.value", _digest(segments=[])),
+    "a digest of keyslots that are numbers": ("luks.digests", _digest(keyslots=[0])),
+    "a digest of keyslots that are numbers and texts": ("luks.digests", _digest(keyslots=[0, "0"])),
+    "a digest of keyslots in a text": ("luks.digests", _digest(keyslots="0")),
+    "a digest of keyslots in an object": ("luks.digests", _digest(keyslots={"0": 1})),
+    "a digest of another type": ("luks.value", _digest(type="none")),
+    "a digest by a broken hash": ("luks.value", _digest(hash="md5")),
+    "no digest": ("luks.digests", lambda one: one["digests"].clear()),
+    "a token that gives cryptsetup another key": (
+        "luks.tokens",
+        lambda one: one["tokens"].update(
+            {"0": {"type": "luks2-keyring", "keyslots": ["0"], "key_description": "planted"}}
+        ),
+    ),
+    "tokens that are null": ("luks.tokens", lambda one: one.update(tokens=None)),
+    "flags that let discards through": ("luks.flags", config(flags=["allow-discards"])),
+    "a re-encryption under way": (
+        "luks.requirements",
+        config(requirements={"mandatory": ["online-reencrypt-v2"]}),
+    ),
+    "a requirement that nobody knows": ("luks.requirements", config(requirements=["x"])),
+    "another size of the JSON area": ("luks.value", config(json_size="4096")),
+    "a size of the keyslots' area that is a number": ("luks.value", config(keyslots_size=16744448)),
+    "an unknown member at the top": ("luks.members", lambda one: one.update(extension={})),
+    "no config": ("luks.members", lambda one: one.pop("config")),
+}
+
+
+@pytest.mark.parametrize(("code", "edit"), FORGERIES.values(), ids=FORGERIES.keys())
+def test_a_header_with_right_checksums_is_refused_for(code: str, edit: Callable[[Json], object]) -> None:
+    """Checksums are no signature: the host makes them right for whatever it writes."""
+    with pytest.raises(DiskError) as caught:
+        checked(edited(edit))
+    error = caught.value
+    assert error.code == code
+    assert error.expected
+    assert error.found
+    assert error.todo
+
+
+def test_what_a_header_says_reaches_a_message_short_and_without_control_characters() -> None:
+    """A boot console is no place for escape sequences of the host's."""
+    with pytest.raises(DiskError) as caught:
+        checked(edited(segment(encryption="~" * 4000)))
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(DiskError) as caught:
+        parse(flip(flip(RAW, 24, b"\x1b[2J"), SIZE + 24, b"\x1b[2J"))
+    assert str(caught.value).replace("\n", "").isprintable()
