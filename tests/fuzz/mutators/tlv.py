@@ -104,7 +104,7 @@ def with_extensions(certificate: bytes, size: int) -> bytes:
     content = certificate[listed.content : listed.end]
     added = 0
     while len(certificate) + added * 13 < size - 40:
-        oid = b"\x06\x05\x2b\x06\x01" + bytes([0x80 | added >> 7, added & 0x7F])
+        oid = b"\x06\x05\x2b\x06\x01" + bytes([0x81 + (added >> 7), added & 0x7F])
         content += element(0x30, oid + b"\x04\x02\x05\x00")
         added += 1
     return replaced(certificate, tree, index + 1, element(0x30, content))

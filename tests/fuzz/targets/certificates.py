@@ -28,6 +28,10 @@ NOWHERE = Path("/nonexistent")
 """A directory of endorsements that has none, so that only the table's count."""
 
 
+START = (MAX_ENTRIES + 1) * ENTRY_SIZE
+"""Where the payloads of a full table start."""
+
+
 @functools.cache
 def report() -> bytes:
     """Give the report that the tables are handed out with."""
@@ -83,27 +87,32 @@ def seeds() -> Iterator[bytes]:
 
 def worst() -> Iterator[tuple[str, bytes]]:
     """Give full tables: all entries over the same bytes, PEM without end, and as many certificates as fit."""
-    start = (MAX_ENTRIES + 1) * ENTRY_SIZE
-    rest = MAX_TABLE_SIZE - start
+    yield "64 entries, each all of the table, PEM", everything(MAX_TABLE_SIZE)
+    rest = MAX_TABLE_SIZE - START
     vek = chip("Milan", "vcek").endorsements.certificates[0]
-    known = [guid.bytes for guid in NAMES]
-    guids = known + [bytes([i]) * 16 for i in range(1, MAX_ENTRIES + 1 - len(known))]
-
-    def table(payload: bytes, sizes: Iterator[tuple[int, int]]) -> bytes:
-        rows = b"".join(
-            guid + (start + at).to_bytes(4, "little") + size.to_bytes(4, "little")
-            for guid, (at, size) in zip(guids, sizes, strict=True)
-        )
-        return rows + bytes(ENTRY_SIZE) + payload.ljust(rest, b"\0")
-
-    everything = ((0, rest) for _ in range(MAX_ENTRIES))
-    yield "64 entries, each all of the table, PEM", table(pem(rest), everything)
-    yield "64 entries of nothing but zeros after DER", table(vek, ((0, rest) for _ in range(MAX_ENTRIES)))
-    yield "64 beginnings of PEM", table(b"-----BEGIN " * (rest // 11), ((i, rest - i) for i in range(64)))
+    yield "64 entries of nothing but zeros after DER", full(vek, [(0, rest)] * MAX_ENTRIES)
+    yield "64 beginnings of PEM", full(b"-----BEGIN " * (rest // 11), [(i, rest - i) for i in range(64)])
     # Other names, so that no two candidates are the same bytes: each is read, and none can sign another.
     changed = [vek.replace(b"SEV-VCEK", b"SEV-VC%02d" % i) for i in range(rest // len(vek))]
     places = [(i % len(changed) * len(vek), len(vek)) for i in range(MAX_ENTRIES)]
-    yield "as many certificates as fit", table(b"".join(changed), iter(places))
+    yield "as many certificates as fit", full(b"".join(changed), places)
+
+
+def everything(size: int) -> bytes:
+    """Give a table of 64 entries, each of which is one block of PEM, and the same: the rest of the table."""
+    rest = size - START
+    return full(pem(rest), [(0, rest)] * MAX_ENTRIES, size)
+
+
+def full(payload: bytes, places: list[tuple[int, int]], size: int = MAX_TABLE_SIZE) -> bytes:
+    """Lay out a table with an entry for each place, an offset into the payload and a size."""
+    known = [guid.bytes for guid in NAMES]
+    guids = known + [bytes([i]) * 16 for i in range(1, len(places) + 1 - len(known))]
+    rows = b"".join(
+        guid + (START + at).to_bytes(4, "little") + length.to_bytes(4, "little")
+        for guid, (at, length) in zip(guids, places, strict=True)
+    )
+    return (rows + bytes(ENTRY_SIZE) + payload).ljust(size, b"\0")
 
 
 def pem(size: int) -> bytes:

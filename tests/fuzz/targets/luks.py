@@ -6,102 +6,38 @@ into both copies, or into one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 from tests.fuzz import workshop
 from tests.fuzz.bounds import BOUNDS
 from tests.fuzz.mutators import documents, parts
 from tests.fuzz.target import Mutate, Target
+from tests.unit.luks.headers import RAW, SIZE, TEXT, config, edited, header, one_copy, summed
 
 from kagimori_agent.luks_allowed import check
-from kagimori_agent.luks_header import BINARY_SIZE, SIZES, parse, probe
+from kagimori_agent.luks_header import BINARY_SIZE, MAX_JSON, SIZES, parse, probe
 from kagimori_protocol.errors import DiskError
 
 BYTES, AREA, BOTH, ONE = range(4)
-SIZE = SIZES[0]
-UUID = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
-CSUM = slice(448, 512)
 
 
-def honest(size: int = SIZE) -> dict[str, object]:
-    """Give the JSON that cryptsetup writes for a new volume, to the letter of LUKS2 On-Disk Format 1.1.1, section 3."""
-    keyslot = {
-        "type": "luks2",
-        "key_size": 64,
-        "af": {"type": "luks1", "stripes": 4000, "hash": "sha256"},
-        "area": {
-            "type": "raw",
-            "offset": str(2 * size),
-            "size": "258048",
-            "encryption": "aes-xts-plain64",
-            "key_size": 64,
-        },
-        "kdf": {"type": "argon2id", "time": 4, "memory": 1048576, "cpus": 4, "salt": "c2FsdA=="},
-    }
-    digest = {
-        "type": "pbkdf2",
-        "keyslots": ["0"],
-        "segments": ["0"],
-        "hash": "sha256",
-        "iterations": 1000,
-        "salt": "c2FsdA==",
-        "digest": "ZGlnZXN0",
-    }
-    segment = {
-        "type": "crypt",
-        "offset": "16777216",
-        "size": "dynamic",
-        "iv_tweak": "0",
-        "encryption": "aes-xts-plain64",
-        "sector_size": 512,
-    }
-    return {
-        "keyslots": {"0": keyslot},
-        "tokens": {},
-        "segments": {"0": segment},
-        "digests": {"0": digest},
-        "config": {"json_size": str(size - BINARY_SIZE), "keyslots_size": "16744448"},
-    }
-
-
-def copy(text: bytes, *, secondary: bool, size: int = SIZE) -> bytearray:
-    """Make one copy of a header, but for its checksum (figure 2)."""
-    made = bytearray(size)
-    made[0:6] = b"SKUL\xba\xbe" if secondary else b"LUKS\xba\xbe"
-    made[6:8] = (2).to_bytes(2, "big")
-    made[8:16] = size.to_bytes(8, "big")
-    made[16:24] = (3).to_bytes(8, "big")
-    made[72:78] = b"sha256"
-    made[168 : 168 + len(UUID)] = UUID.encode()
-    made[256:264] = (size if secondary else 0).to_bytes(8, "big")
-    text = text[: size - BINARY_SIZE]
-    made[BINARY_SIZE : BINARY_SIZE + len(text)] = text
-    return made
-
-
-def summed(made: bytearray) -> bytes:
-    """Make a copy's checksum right."""
-    made[CSUM] = bytes(64)
-    made[448:480] = hashlib.sha256(made).digest()
-    return bytes(made)
-
-
-def header(text: bytes, size: int = SIZE) -> bytes:
-    """Make a whole header around a JSON area."""
-    return summed(copy(text, secondary=False, size=size)) + summed(copy(text, secondary=True, size=size))
+def honest(size: int) -> dict[str, Any]:
+    """Give the JSON of a new volume whose header has another size."""
+    document = edited(config(json_size=str(size - BINARY_SIZE)))
+    document["segments"]["0"]["offset"] = str(16 << 20)
+    return document
 
 
 def patched(data: bytes, *, both: bool) -> bytes:
     """Make a header with bytes written at a place of both copies, or of the secondary alone."""
-    text = json.dumps(honest()).encode()
     at, new = int.from_bytes(data[:2], "big") % SIZE, data[2:]
     copies = []
     for secondary in (False, True):
-        made = copy(text, secondary=secondary)
+        made = one_copy(TEXT, secondary=secondary)
         if both or secondary:
             made[at : at + len(new)] = new[: SIZE - at]
         copies.append(summed(made))
@@ -152,42 +88,47 @@ def check_allowed(document: object, whole: bytes, size: int) -> None:
 
 def seeds() -> Iterator[bytes]:
     """Give an honest header as bytes, as JSON in two sizes, and with a label written into both copies."""
-    text = json.dumps(honest()).encode()
-    yield bytes([BYTES]) + header(text)
-    yield bytes([AREA]) + text
+    yield bytes([BYTES]) + RAW
+    yield bytes([AREA]) + TEXT
     yield bytes([AREA | 4]) + json.dumps(honest(SIZES[1])).encode()
     yield bytes([BOTH]) + (24).to_bytes(2, "big") + b"root disk"
     yield bytes([BOTH]) + (208).to_bytes(2, "big") + b"subsystem"
     yield bytes([ONE]) + (104).to_bytes(2, "big") + bytes(range(64))  # each copy has its own salt
-    second = honest()
+    second = json.loads(TEXT)
     slots = second["keyslots"]
-    assert isinstance(slots, dict)
     slots["1"] = slots["0"] | {
         "priority": 2,
         "kdf": {"type": "pbkdf2", "salt": "AA==", "hash": "sha512", "iterations": 1},
     }
-    second["digests"]["0"]["keyslots"] = ["0", "1"]  # type: ignore[index]  # JSON
+    second["digests"]["0"]["keyslots"] = ["0", "1"]
     yield bytes([AREA]) + json.dumps(second).encode()
 
 
 def worst() -> Iterator[tuple[str, bytes]]:
-    """Give headers of the largest size, full of what makes JSON parsers work."""
+    """Give headers of the largest size, with as much JSON as is read, of what makes JSON parsers work, and with more."""
     size = SIZES[-1]
-    room = size - BINARY_SIZE - 1
-    for what, text in {
+    for what, text in dear(MAX_JSON).items():
+        yield what, bytes([BYTES]) + header(text, size)
+    area = size - BINARY_SIZE
+    yield "more than is read", bytes([BYTES]) + header(dear(area - 1)["empty objects"], size)
+    yield "no zero at all", bytes([BYTES]) + header(b"x" * area, size)
+    yield "bytes at the very end", bytes([BYTES]) + header(b"{}".ljust(area - 1, b"\0") + b"x", size)
+
+
+def dear(room: int) -> dict[str, bytes]:
+    """Give JSON of ``room`` bytes, or a few less, that costs a parser most in one way or another."""
+    return {
         "empty lists": b"[" + b"[]," * (room // 3 - 1) + b"[]]",
         "empty objects": b"[" + b"{}," * (room // 3 - 1) + b"{}]",
         "small objects": b"[" + b'{"":0},' * (room // 7 - 1) + b"0]",
         "numbers": b"[" + b"0," * (room // 2 - 1) + b"0]",
         "large numbers": b"[" + b"9223372036854775807," * (room // 20 - 1) + b"0]",
-        "names": b"{" + b",".join(b'"%06x":0' % i for i in range(room // 11)) + b"}",
+        "names": b"{" + b",".join(b'"%06x":0' % i for i in range((room - 20) // 11)) + b"}",
         "one name again and again": b"{" + b'"":0,' * (room // 5 - 1) + b'"":0}',
         "lists in lists": b"[" * room,
         "one text of escapes": b'"' + b"\\u0041" * (room // 6 - 1) + b'"',
         "digits": b"9" * room,
-        "no zero at all": b"x" * (room + 1),
-    }.items():
-        yield what, bytes([BYTES]) + header(text, size)
+    }
 
 
 def mutate_header(data: bytes, limit: int, chance: random.Random, mutate: Mutate) -> bytes:
