@@ -149,6 +149,11 @@ def _init(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     if not options.agent:
         raise UsageError("No verb for the agent.", expected="unlock, dry-run, doctor or cap", found="nothing")
+    verb, *rest = options.agent
+    agent = [sys.executable, "-m", "kagimori_agent"]
+    if options.program is not None:
+        agent = [str(options.program.absolute())]
+    caller = Path.cwd()  # libfuse moves this process to the root directory
     try:
         root = AmdRoot.load(options.dir / "root")
         chip_id = bytes.fromhex((options.dir / "chip-id").read_text(encoding="ascii"))
@@ -182,16 +187,12 @@ def _run(options: argparse.Namespace) -> int:
             if name in told_to_driver:
                 told_to_driver[name](world.tsm.driver)
         path = world.agent_toml(vm_id, verifiers, volumes)
-        verb, *rest = options.agent
-        agent = [sys.executable, "-m", "kagimori_agent"]
-        if options.program is not None:
-            agent = [str(options.program.resolve())]
-        return _run_agent([*agent, verb, "--config", str(path), *rest])
+        return _run_agent([*agent, verb, "--config", str(path), *rest], caller)
 
 
-def _run_agent(command: Sequence[str]) -> int:
+def _run_agent(command: Sequence[str], directory: Path) -> int:
     try:
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run(command, check=False, cwd=directory).returncode
     except OSError as error:
         raise UsageError(
             "The agent cannot be run.",

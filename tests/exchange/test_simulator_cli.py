@@ -65,6 +65,16 @@ def test_another_agent_finds_the_hardware_of_the_kind_that_agent_toml_names(
     assert (machine / "agent.told").read_text() == f"unlock --config --mine {told}\n"
 
 
+def test_an_agent_runs_where_its_caller_is(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FUSE moves this process to the root directory; neither --program nor the agent's own --save may follow it."""
+    monkeypatch.chdir(machine)
+    program = machine / "agent"
+    program.write_text("#!/bin/sh\npwd >told\n")
+    program.chmod(0o755)
+    assert run(machine, "snp-direct", "--program", "./agent", "unlock") == 0
+    assert (machine / "told").read_text() == f"{machine}\n"
+
+
 def test_an_agent_that_cannot_be_run_is_named(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A typing error in --program is no traceback."""
     assert run(machine, "snp-direct", "--program", str(machine / "nothing"), "unlock") == 2
