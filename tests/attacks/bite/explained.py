@@ -35,3 +35,15 @@ WITHIN: Final[dict[str, str]] = {
     "svsm.nonce": "report.tie",
 }
 """Codes that parsers raise, and the named check within which a refusal tells of them."""
+
+AGENT: Final[dict[str, str]] = {
+    "answer.purpose": "a payload is keys or a verdict, and nothing else decodes: this tells a verifier's mistake by name. "
+    "No key is used in a dry-run, and none can be taken out of a verdict",
+    "answer.volume": "where an answer has no key for a volume there is nothing to open it with",
+    "answer.unexpected": "a signed reply of another type holds no key: this says so instead of a traceback",
+    "answer.stale": "tells the agent to ask anew; what is stale, the verifier has refused (session.fresh, session.unused)",
+    "unsupported-version": "a signed word about versions holds no key; nothing is negotiated, the agent gives up",
+    "cmdline.read": "without /proc there is no command line to judge; what may stand there is cmdline.word's (tests/unit)",
+    "unlock.no-volumes": "an agent.toml without a volume: nothing to open, nothing to ask for",
+    "hello.hpke-key": "bytes that are no public key cannot be sealed to: the library refuses, this gives it a name",
+}

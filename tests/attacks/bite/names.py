@@ -6,12 +6,14 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import kagimori_agent
 import kagimori_protocol
 import kagimori_verifier
 from kagimori_verifier.appraise.policy import GOVERNED_PCRS
 from kagimori_verifier.decision import MANDATORY
 
 VERIFIER = Path(kagimori_verifier.__file__).parent
+AGENT = Path(kagimori_agent.__file__).parent
 PROTOCOL = Path(kagimori_protocol.__file__).parent
 
 SEAMS = frozenset({"require", "note", "step"})
@@ -54,6 +56,13 @@ def on_a_trail() -> set[str]:
 def in_errors() -> set[str]:
     """Collect the codes of errors that the rooms around the trail raise."""
     return {code for room in ROOMS for code in _codes(VERIFIER / room)}
+
+
+def of_the_agent() -> set[str]:
+    """Collect the codes by which the agent's exchange, its cap, and what both ends share refuse."""
+    rooms = [AGENT / f"{room}.py" for room in ("attempt", "cap", "collect", "exchange", "unlock")]
+    rooms += [PROTOCOL / name for name in ("sealing.py", "signature.py")]
+    return {code for path in rooms for code in _codes(path)}
 
 
 def within_steps() -> set[str]:
@@ -108,7 +117,7 @@ def _is_trail(value: ast.expr) -> bool:
 
 def _codes(path: Path) -> Iterator[str]:
     """Give constant ``code=`` arguments, ``default_code`` of classes, and the codes handed to makers of errors."""
-    makers = {"_unconfirmed": 0, "_exactly": 2, "_malformed": 0}
+    makers = {"_unconfirmed": 0, "_exactly": 2, "_malformed": 0, "_not_for_us": 0}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.keyword) and node.arg == "code" and isinstance(node.value, ast.Constant):
             yield str(node.value.value)
