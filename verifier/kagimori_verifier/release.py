@@ -110,8 +110,15 @@ class Release:
         self._metrics.confirmed(confirm.outcome)
 
     def _make_answer(self, judgement: Judgement, settled: Redemption, decision: Allow | Deny) -> bytes:
-        """Step 11, after the ledger: unwrap, seal, keep the answer. Whoever comes second gives the first's answer."""
-        confirm_key = secrets.token_bytes(sealing.SECRET_SIZE)
+        """Step 11, after the ledger: unwrap, seal, keep the answer. Whoever comes second gives the first's answer.
+
+        An answer that was dropped is made again around the same confirm key: who opened the first may still confirm it.
+        """
+        confirm_key = (
+            secrets.token_bytes(sealing.SECRET_SIZE)
+            if settled.confirm_key is None
+            else self._unlock_keys.unwrap_confirm_key(settled.confirm_key, settled.session_sha256)
+        )
         payload = self._payload(judgement, settled, decision, confirm_key)
         boot = judgement.claims.vtpm
         secret = None if boot is None else secrets.token_bytes(sealing.SECRET_SIZE)
