@@ -25,7 +25,7 @@ from kagimori_simulator import disk, measured_boot
 from kagimori_simulator.amd import AmdRoot
 from kagimori_simulator.event_log import MeasuredBoot
 from kagimori_simulator.machine import SnpMachine
-from kagimori_simulator.world import VerifierAt, VolumeAt, World
+from kagimori_simulator.world import DOORS, VerifierAt, VolumeAt, World
 from kagimori_verifier import app, ledger
 from kagimori_verifier import settings as verifier_settings
 from kagimori_verifier.app import Verifier
@@ -206,6 +206,7 @@ class Enrolled:
         lie: Callable[[SnpMachine], None] | None = None,
         vm_id: str = VM,
         verifiers: Sequence[VerifierAt] = (),
+        doors: Sequence[str] = DOORS[:1],
     ) -> Iterator[tuple[World, Config]]:
         """Start the VM and give its world and its agent's configuration, with ``verifiers`` or with the owner's."""
         svsm = self.kind == "svsm-vtpm"
@@ -219,7 +220,7 @@ class Enrolled:
         if lie is not None:
             lie(machine)
         directory = self.directory / f"vm-{time.monotonic_ns()}"
-        with World.running(directory, machine, boot) as world:
+        with World.running(directory, machine, boot, doors) as world:
             path = world.agent_toml(vm_id, verifiers or [self.verifier()], [self.volume])
             yield world, agent_config.load(path)
 

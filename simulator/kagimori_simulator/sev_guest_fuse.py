@@ -14,10 +14,12 @@ import contextlib
 import ctypes
 import errno
 import os
+import signal
 import stat
 import struct
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import HardwareError
@@ -26,7 +28,6 @@ from kagimori_simulator.sev_guest import ARGUMENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from kagimori_simulator.sev_guest import SevGuest
 
@@ -45,7 +46,8 @@ _MNT_DETACH: Final = 2
 
 _GETATTR, _OPEN, _RELEASE, _FLUSH, _INIT, _INTERRUPT, _IOCTL = 3, 14, 18, 25, 26, 36, 39
 _UNANSWERED: Final = frozenset({2, _INTERRUPT, 42})
-"""FORGET, INTERRUPT (the driver, too, goes on whatever signals come), BATCH_FORGET."""
+"""FORGET, INTERRUPT, BATCH_FORGET."""
+_SIGKILL_BIT: Final = 1 << (signal.SIGKILL - 1)
 
 _IN_HEADER: Final = struct.Struct("<IIQQIIII")
 _OUT_HEADER: Final = struct.Struct("<IiQ")
@@ -127,6 +129,7 @@ class _Server:
         self.ready = threading.Event()
         self._driver = driver
         self._descriptor = descriptor
+        self._callers: dict[int, int] = {}
 
     def serve(self) -> None:
         """Go on until the file is unmounted."""
@@ -139,9 +142,12 @@ class _Server:
                 return  # ENODEV: unmounted
             _, opcode, unique, _, _, _, pid, _ = _IN_HEADER.unpack_from(raw)
             body = raw[_IN_HEADER.size :]
+            if opcode == _INTERRUPT:
+                self._let_go(*struct.unpack_from("<Q", body))
             if opcode in _UNANSWERED:
                 continue
             if opcode == _IOCTL:
+                self._callers[unique] = pid
                 threading.Thread(target=self._ioctl, args=(unique, pid, body), daemon=True).start()
             else:
                 self._reply(unique, *_plain(opcode, body))
@@ -157,10 +163,30 @@ class _Server:
         result, copied_out = self._driver.ioctl(command, argument, ProcessMemory(pid))
         self._reply(unique, 0, _IOCTL_OUT.pack(result, 0, 0, 0) + copied_out)
 
+    def _let_go(self, unique: int) -> None:
+        """Answer for the driver if the caller has been killed: FUSE keeps the dead until there is an answer.
+
+        The driver itself goes on whatever signals come, but not for longer than a minute.
+        """
+        pid = self._callers.get(unique)
+        if pid is not None and _is_killed(pid):
+            self._reply(unique, errno.EINTR)
+
     def _reply(self, unique: int, number: int, body: bytes = b"") -> None:
+        self._callers.pop(unique, None)
         header = _OUT_HEADER.pack(_OUT_HEADER.size + len(body), -number, unique)
         with contextlib.suppress(OSError):  # who asked has gone, or the mount has
             os.write(self._descriptor, header + body)
+
+
+def _is_killed(pid: int) -> bool:
+    """Tell whether a thread has SIGKILL pending, as all threads of a process that ends have."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name in ("SigPnd", "ShdPnd") and int(value, 16) & _SIGKILL_BIT:
+                return True
+    return False
 
 
 def _plain(opcode: int, body: bytes) -> tuple[int, bytes]:

@@ -124,6 +124,43 @@ def test_a_request_that_is_held_does_not_hold_the_file(device: Path, driver: Sev
     assert not asking.is_alive()
 
 
+@pytest.fixture
+def held(device: Path, driver: SevGuest) -> Iterator[subprocess.Popen[bytes]]:
+    """Give a process that asks for a report which the host holds back; it has a handler for SIGUSR1."""
+    code = (
+        "import signal, sys; from pathlib import Path\n"
+        "from kagimori_agent.devices.sev_guest import SevGuest\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        "SevGuest(Path(sys.argv[1]), vmpl=0).plain_report(bytes(64))\n"
+    )
+    driver.stalled = threading.Event()
+    with subprocess.Popen([sys.executable, "-c", code, str(device)]) as process:
+        try:
+            while not driver.asked and process.poll() is None:
+                time.sleep(0.01)
+            yield process
+        finally:
+            driver.stalled.set()
+            process.kill()
+
+
+def test_a_caller_that_is_killed_is_let_go(held: subprocess.Popen[bytes]) -> None:
+    """FUSE would keep the dead process, and whoever waits for it, until the host answers."""
+    held.kill()
+    assert held.wait(10) == -signal.SIGKILL
+
+
+def test_another_signal_does_not_end_a_request(held: subprocess.Popen[bytes], driver: SevGuest) -> None:
+    """As in the driver: it goes on, and the caller gets its report."""
+    held.send_signal(signal.SIGUSR1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        held.wait(0.5)
+    assert driver.stalled is not None
+    driver.stalled.set()
+    assert held.wait(10) == 0
+    assert len(driver.asked) == 1
+
+
 def test_unmounting_ends_a_request_that_is_still_held(driver: SevGuest, tmp_path: Path) -> None:
     """A world can end while an agent waits for a host that never answers."""
     released = faults.silent_host(driver)

@@ -72,7 +72,8 @@ def within(wait_s: float, ask: Callable[[], T]) -> T:
 
     A request that the kernel has taken cannot be called back, and it may hold whoever made it: Linux itself waits up to a
     minute for a host that throttles, and for one that does not answer at all it waits forever. So it is made by a
-    thread, which is left behind when the time is over; it ends with the process. Without any time left nothing is asked.
+    thread, which is left behind when the time is over; it ends with the process, whose end Linux holds until its driver has
+    given up (a minute at most). Without any time left nothing is asked.
     """
     given: list[T] = []
     raised: list[BaseException] = []
