@@ -30,7 +30,13 @@ LINEAR: Final = 3.5
 """Twice the input may take so many times as long: 2 if linear, 4 if quadratic; caches and the allocator take their part."""
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW: Final = {"eventlog", "luks", "messages"}
+"""Targets whose dearest inputs take seconds together, most of them for counting allocations."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
+)
 def test_the_dearest_inputs_stay_within_the_bounds(name: str) -> None:
     """A change of kind shows here: a copy for each entry, an allocation by a number of the sender's."""
     target = load(name)
@@ -104,7 +110,7 @@ def table(size: int) -> bytes:
 @pytest.mark.parametrize(
     ("target", "make", "size"),
     [
-        (eventlog.TARGET, nested_events, 1 << 18),
+        pytest.param(eventlog.TARGET, nested_events, 1 << 18, marks=pytest.mark.slow),
         (eventlog.TARGET, one_path, 1 << 18),
         (message_target.TARGET, numbers, 1 << 19),
         (luks.TARGET, header, luks_header.MAX_JSON // 2),

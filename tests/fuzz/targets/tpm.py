@@ -16,6 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tests.fuzz import workshop
 from tests.fuzz.bounds import BOUNDS
 from tests.fuzz.mutators import parts, sized
@@ -26,11 +27,12 @@ from kagimori_protocol import tpm, transcript
 from kagimori_protocol.errors import Malformed, NotAuthentic
 from kagimori_protocol.messages import PcrValue, Quote
 from kagimori_protocol.snp import FIELDS, Report
+from kagimori_verifier.examine import quote as examine
 from kagimori_verifier.trail import Trail
 from kagimori_verifier.verify import vtpm
 
-PUBLIC, SIGNATURE, SELECTION, ATTEST, MANIFEST, AK, QUOTE, RSA_QUOTE, ECC_QUOTE = range(9)
-CHOICES = 9
+PUBLIC, SIGNATURE, SELECTION, ATTEST, MANIFEST, AK, QUOTE, RSA_QUOTE, ECC_QUOTE, AK_FILE, FILES = range(11)
+CHOICES = 11
 
 QUALIFYING = hashlib.sha256(b"this exchange").digest()
 WANTED = tpm.pcr_selection([0, 7, 15])
@@ -104,6 +106,10 @@ def run(data: bytes) -> None:
             public, signature, quoted = workshop.cut(raw, 3)
             name = vtpm.verify_ak(Trail(), public)
             check_quote(public, name, quoted, signature)
+        case 9:
+            check_ak_file(raw)
+        case 10:
+            check_files(*workshop.cut(raw, 3))
         case kind:
             public = ak(kind)
             check_quote(public, vtpm.verify_ak(Trail(), public), raw, sign(kind, raw))
@@ -138,7 +144,32 @@ def check_manifest(raw: bytes) -> None:
     report = Report.parse(parts.spliced(own, offset, offset + size, data))
     assert vtpm.verify_manifest(Trail(), report, T0, raw, raw) == raw
     assert raw.startswith(tpm.EK_TEMPLATE_L1[:-256])
-    assert len(tpm.object_name(raw)) == 34
+    name = tpm.object_name(raw)
+    assert len(name) == 34
+    id_object, encrypted = tpm.make_credential(raw, name, bytes(32))
+    assert max(len(id_object), len(encrypted)) <= 512  # what messages.Credential has room for
+
+
+def check_ak_file(raw: bytes) -> None:
+    """An AK in any form that people keep them in has a kind, and attributes only where the form carries them."""
+    read = examine.parse_ak(raw)
+    assert str(read).startswith(("RSA ", "ECC "))
+    assert read.form
+    assert (read.attributes is None) == (read.public is None)
+
+
+def check_files(key: bytes, signature: bytes, quoted: bytes) -> None:
+    """What a command says of a quote is said without an error, and holds only for what our key signed."""
+    trail = Trail()
+    read = examine.parse_ak(key)
+    found = examine.verify(
+        trail, attest=quoted, signature=signature, ak=read, qualifying_data=QUALIFYING, pcrs=None
+    )
+    assert all(isinstance(reason, str) for reason in examine.refusals(found, read))
+    assert examine.told(found.banks)
+    if trail.failed:
+        raise Malformed("a quote that does not hold", code=trail.failed[0].id)
+    assert found.attest.extra_data == QUALIFYING
 
 
 def check_quote(public: bytes, name: bytes, quoted: bytes, signature: bytes) -> None:
@@ -168,6 +199,14 @@ def seeds() -> Iterator[bytes]:
         yield bytes([SIGNATURE]) + sign(kind, b"something")
         yield bytes([kind]) + attest()
         yield bytes([QUOTE]) + workshop.joined(ak(kind), sign(kind, attest()), attest())
+        yield bytes([FILES]) + workshop.joined(ak(kind), sign(kind, attest()), attest())
+        yield bytes([AK_FILE]) + ak(kind)
+        yield bytes([AK_FILE]) + sized.field(ak(kind))
+    for form in (Encoding.PEM, Encoding.DER):
+        spki = ecc_key().public_key().public_bytes(form, PublicFormat.SubjectPublicKeyInfo)
+        yield bytes([AK_FILE]) + spki
+        bare = sign(ECC_QUOTE, attest())[6:]
+        yield bytes([FILES]) + workshop.joined(spki, bare[:32] + bare[34:], attest())
     yield bytes([PUBLIC]) + tpm.EK_TEMPLATE_L1
     yield bytes([MANIFEST]) + EK
     yield bytes([SELECTION]) + WANTED
@@ -202,5 +241,5 @@ TARGET = Target(
     seeds=seeds,
     worst=worst,
     mutate=parts.behind_choice(sized.mutate),
-    covers=("kagimori_protocol.tpm", "kagimori_verifier.verify.vtpm"),
+    covers=("kagimori_protocol.tpm", "kagimori_verifier.verify.vtpm", "kagimori_verifier.examine.quote"),
 )
