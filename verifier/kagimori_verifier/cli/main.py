@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CONFIG_VARIABLE: Final = "KAGIMORI_VERIFIER_CONFIG"
 INTERRUPTED: Final = 130
 
-_MODULES: Final = {
+MODULES: Final = {
     "init": "setup",
     "serve": "setup",
     "identity": "setup",
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Until the words are understood, what they say about the form is only their own word.
     verb = _verb(words)
-    judging = _MODULES.get(verb) == "evidence"
+    judging = MODULES.get(verb) == "evidence"
     output = Output(as_json="--json" in words, judging=judging)
     code = 0
     try:
@@ -104,7 +104,7 @@ def parser(verb: str = "") -> argparse.ArgumentParser:
     made.add_argument("--config", type=Path, metavar="FILE", help=CONFIG_HELP)
     made.add_argument("--json", action="store_true", help=JSON_HELP)
     verbs = group(made)
-    chosen = [_MODULES[verb]] if verb in _MODULES else dict.fromkeys(_MODULES.values())
+    chosen = [MODULES[verb]] if verb in MODULES else dict.fromkeys(MODULES.values())
     for module in chosen:
         importlib.import_module(f"kagimori_verifier.cli.{module}").register(verbs)
     return made
