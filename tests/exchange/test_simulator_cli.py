@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,6 +32,22 @@ mkdir "$root/report/mine"
 echo "$verb $2 $4 tpm=$tpm level=$(cat "$root/report/mine/privlevel_floor")" >"$0.told"
 rmdir "$root/report/mine"
 exit 7
+"""
+
+ASK_DEVICE = """\
+#!{python}
+import sys, tomllib
+from pathlib import Path
+from kagimori_agent.devices.sev_guest import SevGuest
+from kagimori_protocol.errors import KagimoriError
+
+told = "report"
+try:
+    config = tomllib.loads(Path(sys.argv[3]).read_text())
+    SevGuest(Path(config["sev_guest"]["device"]), vmpl=0).plain_report(bytes(64))
+except KagimoriError as error:
+    told = error.code
+Path(sys.argv[0] + ".told").write_text(told)
 """
 
 
@@ -87,3 +104,30 @@ def test_a_vm_without_a_measured_boot_cannot_boot_another_kernel(
     """Its measurement covers the kernel, and the simulated one is fixed: nothing is silently ignored."""
     assert run(machine, "snp-direct", "--kernel", "another", "unlock") == 2
     assert "no --kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "configfs-tsm is used"),
+        (["--door", "sev-guest"], "sev-guest is used"),
+        (["--door", "sev-guest", "--door", "configfs-tsm"], "configfs-tsm is used; there is sev-guest, too"),
+    ],
+)
+def test_the_kernel_has_the_report_doors_that_were_asked_for(
+    machine: Path, capfd: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    """The agent's own doctor finds them."""
+    run(machine, "snp-direct", *words, "doctor")
+    assert f"report door: {told}\n" in capfd.readouterr().out
+
+
+def test_a_lie_to_the_driver_is_told_once_the_vm_runs(machine: Path) -> None:
+    """It bends what is behind both doors, so it is told by the name that its function has."""
+    program = machine / "agent"
+    program.write_text(ASK_DEVICE.format(python=sys.executable))
+    program.chmod(0o755)
+    for lies, told in (([], "report"), (["--lie", "wiped-key"], "sev-guest.key-wiped")):
+        words = [*lies, "--door", "sev-guest", "--program", str(program), "unlock"]
+        assert run(machine, "snp-direct", *words) == 0
+        assert (machine / "agent.told").read_text() == told
