@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from datetime import datetime
 
     from kagimori_protocol.messages import Hello, Kind
     from kagimori_protocol.snp import Report, TcbVersion
     from kagimori_protocol.tpm import Attest
-    from kagimori_verifier.verify.eventlog import Event
+    from kagimori_verifier.verify.eventlog import LoggedBoot
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class VtpmClaims:
 class BootClaims(VtpmClaims):
     """A quote together with the logged events that lead to its PCR values."""
 
-    events: Mapping[int, Sequence[Event]]
+    logged: LoggedBoot
     """For each governed PCR the events that extended it, in order; only their digests are authentic."""
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 from kagimori_verifier.appraise.policy import parse_policy
 from kagimori_verifier.appraise.reference import BootState, PcrReference, References
 from kagimori_verifier.claims import Measurement, Root
 from kagimori_verifier.pipeline import Vm
 from kagimori_verifier.roots import TrustedRoots
-from kagimori_verifier.store import profiles, references, roots, vms
+from kagimori_verifier.store import columns, profiles, references, roots, vms
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from kagimori_verifier.appraise.policy import Policy
     from kagimori_verifier.store import Store
-    from kagimori_verifier.store.references import BootStateRow
+
+REMEMBERED: Final = 256
+"""Policies, and boot states, that are kept as they were read."""
 
 
 class StoredFacts:
@@ -22,6 +29,12 @@ class StoredFacts:
     def __init__(self, store: Store) -> None:
         """Keep the store."""
         self._store = store
+
+    def policy(self, vm_id: str) -> Policy | None:
+        """Give the policy that a VM is judged by, or None if it is unknown or disabled."""
+        with self._store.read() as txn:
+            text = profiles.policy_of(txn, vm_id)
+        return None if text is None else _policy(text)
 
     def vm(self, vm_id: str) -> Vm | None:
         """Give a VM with everything that it is judged by, or None."""
@@ -37,10 +50,10 @@ class StoredFacts:
                 volumes=frozenset(volume.uuid for volume in vms.volumes(txn, vm_id)),
                 profile=row.profile,
                 references=References(
-                    policy=parse_policy(profile.policy),
+                    policy=_policy(profile.policy),
                     chips=frozenset(bytes.fromhex(chip) for chip in row.chips),
-                    profile_states=_states(references.boot_states(txn, "profile", row.profile)),
-                    vm_states=_states(references.boot_states(txn, "vm", vm_id)),
+                    profile_states=_states(references.boot_values(txn, "profile", row.profile)),
+                    vm_states=_states(references.boot_values(txn, "vm", vm_id)),
                 ),
             )
 
@@ -65,17 +78,25 @@ class StoredFacts:
             return TrustedRoots(Root(row.spki_sha256, row.product, row.label) for row in roots.all(txn))
 
 
-def _states(rows: tuple[BootStateRow, ...]) -> tuple[BootState, ...]:
-    return tuple(
-        BootState(
-            label=row.label,
-            pcrs={
-                int(index): PcrReference(
-                    digest=bytes.fromhex(pcr["digest"]),
-                    events=tuple((bytes.fromhex(digest), text) for digest, text in pcr["events"]),
-                )
-                for index, pcr in row.pcrs.items()
-            },
-        )
-        for row in rows
+@functools.lru_cache(maxsize=REMEMBERED)
+def _policy(text: str) -> Policy:
+    """Read a policy. It depends on its text alone, which comes from the database each time."""
+    return parse_policy(text)
+
+
+def _states(rows: Iterable[tuple[str, str]]) -> tuple[BootState, ...]:
+    return tuple(BootState(label, _pcrs(text)) for label, text in rows)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _pcrs(text: str) -> Mapping[int, PcrReference]:
+    """Read the PCR values of a boot state, from its text alone as above."""
+    return MappingProxyType(
+        {
+            int(index): PcrReference(
+                digest=bytes.fromhex(pcr["digest"]),
+                events=tuple((bytes.fromhex(digest), told) for digest, told in pcr["events"]),
+            )
+            for index, pcr in columns.decode(text, dict[str, dict[str, Any]], "boot_state.pcrs").items()
+        }
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from kagimori_verifier.store.observations import Observation
-from kagimori_verifier.verify.eventlog_names import describe
 
 if TYPE_CHECKING:
     from kagimori_verifier.pipeline import Judgement
@@ -24,7 +23,7 @@ def observed(judgement: Judgement, session: str, now_s: int) -> Observation:
     pcrs = {
         str(index): {
             "digest": boot.pcrs[index].hex(),
-            "events": [[event.digest().hex(), describe(event)] for event in boot.events[index][:MAX_EVENTS]],
+            "events": boot.logged.described(index, MAX_EVENTS),
         }
         for index in judgement.vm.references.policy.governed_pcrs
     }

@@ -23,11 +23,13 @@ from kagimori_verifier.appraise import appraise
 from kagimori_verifier.claims import BootClaims, Claims
 from kagimori_verifier.decision import Allow, Deny, decide
 from kagimori_verifier.verify import eventlog
+from kagimori_verifier.verify.eventlog import LoggedBoot
+from kagimori_verifier.verify.memory import Memory, key_of
 from kagimori_verifier.verify.snp import Endorsements, verify_report
 from kagimori_verifier.verify.vtpm import verify_ak, verify_direct, verify_manifest, verify_quote
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from kagimori_protocol.messages import Challenge, Evidence, Hello, PcrValue, Purpose, Quote
     from kagimori_protocol.snp import Report
@@ -40,6 +42,12 @@ if TYPE_CHECKING:
 SVSM_FEATURES: Final = frozenset({"vtpm"})
 """The one set of SVSM build features that ``svsm-vtpm`` accepts: the vTPM is the only VMPL 0 attestation service,
 and it is ephemeral (PROTOCOL.md section 2)."""
+
+MOST_CERTIFICATES: Final = 4 << 20
+MOST_LOGS: Final = 48 << 20
+"""Bytes that are remembered of certificates and of event logs: the logs of some 250 VMs like Ubuntu's."""
+_PARSED: Final = 6
+"""Bytes that a byte of an event log takes once it is read and described, about."""
 
 VMPL: Final = 0
 """Both kinds demand it: there the SVSM runs, or the whole guest where there is none."""
@@ -59,6 +67,9 @@ class Vm:
 
 class Facts(Protocol):
     """Where the owner's knowledge comes from: the database, in production."""
+
+    def policy(self, vm_id: str) -> Policy | None:
+        """Give the policy that a VM is judged by, or None if it is unknown or disabled."""
 
     def vm(self, vm_id: str) -> Vm | None:
         """Give a VM by its id, or None."""
@@ -109,12 +120,14 @@ class Pipeline:
         self._token_key = token_key
         self._public_keys = public_keys
         self._session_s = session_s
+        self._certificates = Memory(MOST_CERTIFICATES)
+        self._logs = Memory(MOST_LOGS)
 
     def challenge(self, body: bytes, now_s: int) -> Challenge:
         """Answer a Hello. Raises Malformed, UnsupportedVersion, or NotAuthentic(``vm.enabled``)."""
         hello = messages.decode(messages.Hello, body)
-        vm = self._facts.vm(hello.vm_id)
-        if vm is None or not vm.enabled:
+        policy = self._facts.policy(hello.vm_id)
+        if policy is None:
             raise NotAuthentic(
                 "A VM asks that is not enrolled here, or is disabled.",
                 code="vm.enabled",
@@ -127,7 +140,7 @@ class Pipeline:
             session=b"",
             nonce=secrets.token_bytes(32),
             expires_in=self._session_s,
-            pcr_selection=tpm.pcr_selection(vm.references.policy.quoted_pcrs),
+            pcr_selection=tpm.pcr_selection(policy.quoted_pcrs),
         )
         return token.issue(self._token_key, body, unbound, now_s)
 
@@ -148,14 +161,14 @@ class Pipeline:
         # 3 the report is genuine
         carried = evidence.certificates or b""
         endorsements = self._endorsements.find(evidence.report, carried)
-        snp = verify_report(trail, evidence.report, endorsements, self._facts.roots())
+        snp = verify_report(trail, evidence.report, endorsements, self._facts.roots(), self._certificates)
         # 4 MEASUREMENT is a reference value; it fixes the kind; VMPL exactly as the kind demands
         measurement = self._known_measurement(trail, vm, snp)
         # 5 to 8, by kind
         boot = None
         if measurement.kind == "svsm-vtpm":
             parts = _vtpm_parts(trail, evidence, hello)
-            boot = _verify_boot(trail, parts, snp.report, t0, vm.references.policy)
+            boot = _verify_boot(trail, parts, snp.report, t0, vm.references.policy, self._logs)
         else:
             _require_no_tpm(trail, evidence, hello)
             verify_direct(trail, snp.report, t0)
@@ -330,7 +343,9 @@ def _require_no_tpm(trail: Trail, evidence: Evidence, hello: Hello) -> None:
     )
 
 
-def _verify_boot(trail: Trail, parts: _VtpmParts, report: Report, t0: bytes, policy: Policy) -> BootClaims:
+def _verify_boot(  # noqa: PLR0913 - all that a boot is held against
+    trail: Trail, parts: _VtpmParts, report: Report, t0: bytes, policy: Policy, logs: Memory
+) -> BootClaims:
     """Steps 5 to 8 for ``svsm-vtpm``: manifest, AK, quote, event log."""
     # 5
     ek = verify_manifest(trail, report, t0, parts.manifest, parts.ek_public)
@@ -349,10 +364,23 @@ def _verify_boot(trail: Trail, parts: _VtpmParts, report: Report, t0: bytes, pol
     )
     # 8 the cap is extended by the agent, after the log has ended; step 9 looks at it
     governed = {index: digest for index, digest in vtpm.pcrs.items() if index != policy.cap_pcr}
-    with trail.step("eventlog.layout", "a crypto-agile event log"):
-        log = eventlog.parse(parts.event_log)
-    with trail.step("eventlog.replay", "a log that leads to the quoted values"):
-        events = eventlog.replay_to(log, governed)
     return BootClaims(
-        ek_public=vtpm.ek_public, ak_name=vtpm.ak_name, attest=vtpm.attest, pcrs=vtpm.pcrs, events=events
+        ek_public=vtpm.ek_public,
+        ak_name=vtpm.ak_name,
+        attest=vtpm.attest,
+        pcrs=vtpm.pcrs,
+        logged=_verify_log(trail, parts.event_log, governed, logs),
     )
+
+
+def _verify_log(trail: Trail, raw: bytes, governed: Mapping[int, bytes], logs: Memory) -> LoggedBoot:
+    """Step 8. A log that has led to these very values before does so again, and is not read twice."""
+    quoted = b"".join(bytes([index]) + digest for index, digest in sorted(governed.items()))
+    key = key_of("boot", raw, quoted)
+    known: LoggedBoot | None = logs.get(key)
+    with trail.step("eventlog.layout", "a crypto-agile event log"):
+        log = None if known else eventlog.parse(raw)
+    with trail.step("eventlog.replay", "a log that leads to the quoted values"):
+        logged = known or LoggedBoot(eventlog.replay_to(log, governed))  # type: ignore[arg-type]  # parsed unless known
+    logs.keep(key, logged, _PARSED * len(raw))
+    return logged

@@ -26,4 +26,4 @@ def appraise(trail: Trail, claims: Claims, references: References, now: datetime
     appraise_endorsement(trail, claims.snp, references.policy, now)
     appraise_snp(trail, claims.snp, references)
     if claims.vtpm is not None:
-        appraise_boot(trail, claims.hello.purpose, claims.vtpm.pcrs, claims.vtpm.events, references)
+        appraise_boot(trail, claims.hello.purpose, claims.vtpm.pcrs, claims.vtpm.logged.events, references)

@@ -21,6 +21,11 @@ class ProfileRow:
     created: int
 
 
+_OF_VM: Final = (
+    select(profile.c.policy)
+    .join(vm, vm.c.profile == profile.c.name)
+    .where(vm.c.vm_id == bindparam("of"), vm.c.enabled.is_(True))
+)
 _GET: Final = select(profile).where(profile.c.name == bindparam("of"))
 
 
@@ -38,6 +43,11 @@ def get(txn: Txn, name: str) -> ProfileRow | None:
     """Give a profile, or None."""
     row = txn.execute(_GET, {"of": name}).one_or_none()
     return None if row is None else ProfileRow(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+
+
+def policy_of(txn: Txn, vm_id: str) -> str | None:
+    """Give the policy of a VM's profile, or None if the VM is unknown or disabled."""
+    return txn.execute(_OF_VM, {"of": vm_id}).scalar_one_or_none()
 
 
 def all(txn: Txn) -> tuple[ProfileRow, ...]:  # noqa: A001 - read as profiles.all

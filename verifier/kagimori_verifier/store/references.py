@@ -54,9 +54,14 @@ _VMS_OF: Final = (
     .where(schema.measurement.c.digest == bindparam("value"))
     .limit(MOST_VMS)
 )
-_BOOT_STATES: Final = (
-    select(schema.boot_state)
-    .where(schema.boot_state.c.owner_kind == bindparam("kind"), schema.boot_state.c.owner == bindparam("of"))
+_OWNED: Final = (
+    schema.boot_state.c.owner_kind == bindparam("kind"),
+    schema.boot_state.c.owner == bindparam("of"),
+)
+_BOOT_STATES: Final = select(schema.boot_state).where(*_OWNED).order_by(schema.boot_state.c.id)
+_BOOT_VALUES: Final = (
+    select(schema.boot_state.c.label, schema.boot_state.c.pcrs)
+    .where(*_OWNED)
     .order_by(schema.boot_state.c.id)
 )
 
@@ -119,6 +124,12 @@ def boot_states(txn: Txn, owner_kind: str, owner: str) -> tuple[BootStateRow, ..
     """Give the boot states of a profile or a VM, oldest first."""
     rows = txn.execute(_BOOT_STATES, {"kind": owner_kind, "of": owner})
     return tuple(_boot_state(row) for row in rows)
+
+
+def boot_values(txn: Txn, owner_kind: str, owner: str) -> tuple[tuple[str, str], ...]:
+    """Give label and PCR values, as the database has them (JSON), of the same."""
+    rows = txn.execute(_BOOT_VALUES, {"kind": owner_kind, "of": owner})
+    return tuple((row.label, row.pcrs) for row in rows)
 
 
 def remove_boot_state(txn: Txn, state_id: int) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
@@ -51,9 +52,12 @@ _OID_MICROCODE: Final = _AMD + "3.8"
 _OID_FMC: Final = _AMD + "3.9"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Certificate:
-    """One certificate: the bytes that were signed, the signature, and the fields as `cryptography` reads them."""
+    """One certificate: the bytes that were signed, the signature, and the fields as `cryptography` reads them.
+
+    What is asked of it again and again is read once, since a certificate may be kept (``memory``).
+    """
 
     raw: bytes
     tbs: bytes
@@ -72,24 +76,24 @@ class Certificate:
             raise _broken("an X.509 certificate", str(error)) from None
         return cls(raw=raw, tbs=tbs, signature=signature, fields=fields)
 
-    @property
+    @cached_property
     def common_name(self) -> str:
         """The subject's common name, e.g. ``SEV-VCEK``; empty where there is not exactly one."""
         names = self.fields.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
         return str(names[0].value) if len(names) == 1 else ""
 
-    @property
+    @cached_property
     def spki_sha256(self) -> bytes:
         """SHA-256 of the SubjectPublicKeyInfo: what roots are pinned by, since certificates are re-issued."""
         spki = self.fields.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         return hashlib.sha256(spki).digest()
 
-    @property
+    @cached_property
     def valid_from(self) -> datetime:
         """Start of validity, UTC."""
         return self.fields.not_valid_before_utc
 
-    @property
+    @cached_property
     def valid_until(self) -> datetime:
         """End of validity, UTC."""
         return self.fields.not_valid_after_utc
@@ -158,13 +162,17 @@ class Certificate:
             raise _broken("a security version number of one byte", str(value))
         return value
 
+    @cached_property
+    def _extensions(self) -> dict[str, x509.ExtensionType]:
+        return {extension.oid.dotted_string: extension.value for extension in self.fields.extensions}
+
     def _has(self, oid: str) -> bool:
-        return any(extension.oid.dotted_string == oid for extension in self.fields.extensions)
+        return oid in self._extensions
 
     def _extension(self, oid: str) -> bytes:
-        for extension in self.fields.extensions:
-            if extension.oid.dotted_string == oid and isinstance(extension.value, x509.UnrecognizedExtension):
-                return extension.value.value
+        value = self._extensions.get(oid)
+        if isinstance(value, x509.UnrecognizedExtension):
+            return value.value
         raise _broken(f"AMD's extension {oid}", "none")
 
 

@@ -10,7 +10,7 @@ Source: TCG PC Client Platform Firmware Profile 1.06 ("PFP"): PCR usage, Startup
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -26,6 +26,7 @@ from kagimori_verifier.verify.eventlog_layout import (
     no_bank,
     parse,
 )
+from kagimori_verifier.verify.eventlog_names import describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ __all__ = [
     "SHA256",
     "Event",
     "EventLog",
+    "LoggedBoot",
     "PcrValues",
     "UserspaceExtend",
     "differing",
@@ -44,6 +46,24 @@ __all__ = [
 ]
 
 _DYNAMIC_PCRS: Final = frozenset(range(17, 23))  # all ones until a dynamic launch resets them
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedBoot:
+    """For each quoted PCR the events that lead to its value, in order, and what they are about."""
+
+    events: Mapping[int, tuple[Event, ...]]
+    _described: dict[tuple[int, int], list[tuple[str, str]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def described(self, pcr: int, most: int) -> list[tuple[str, str]]:
+        """Give digest (SHA-256, hex) and description of a PCR's first ``most`` events. Made once, not to be changed."""
+        known = self._described.get((pcr, most))
+        if known is None:
+            known = [(event.digest().hex(), describe(event)) for event in self.events[pcr][:most]]
+            self._described[pcr, most] = known
+        return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ whoever had some: they are only candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from cryptography.exceptions import InvalidSignature
@@ -24,6 +25,7 @@ from kagimori_protocol.snp import (
 )
 from kagimori_verifier.claims import Revocation, Root, SnpClaims
 from kagimori_verifier.verify.certificate import Certificate, RevocationList
+from kagimori_verifier.verify.memory import NOTHING, Memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _VEK_NAMES: Final = {"vcek": "SEV-VCEK", "vlek": "SEV-VLEK"}
 _CA_NAMES: Final = {"vcek": "SEV-", "vlek": "SEV-VLEK-"}
+_CERTIFICATE_WEIGHT: Final = 16 << 10
+"""Bytes that a certificate takes once it is read, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,9 @@ class _Chain:
     root: Root
 
 
-def verify_report(trail: Trail, raw: bytes, endorsements: Endorsements, roots: TrustedRoots) -> SnpClaims:
+def verify_report(
+    trail: Trail, raw: bytes, endorsements: Endorsements, roots: TrustedRoots, memory: Memory = NOTHING
+) -> SnpClaims:
     """Return what the report says, if it is authentic. Raises NotAuthentic, naming the check.
 
     1. the bytes are a report of a known version, and signed by a VCEK or a VLEK
@@ -59,7 +65,8 @@ def verify_report(trail: Trail, raw: bytes, endorsements: Endorsements, roots: T
     3. product line, TCB version and chip in the certificate are those of the report
     4. the signature holds
 
-    The caller MUST still judge everything that the report says, and that the certificates are valid now.
+    The caller MUST still judge everything that the report says, and that the certificates are valid now. ``memory`` spares
+    reading and checking the same certificates again; it decides nothing.
     """
     # 1
     with trail.step("report.layout", "1184 bytes of a known version, reserved parts zero"):
@@ -78,10 +85,10 @@ def verify_report(trail: Trail, raw: bytes, endorsements: Endorsements, roots: T
         found=str(report.signature_algo),
     )
     # 2
-    certificates = _readable(endorsements.certificates)
+    certificates = _readable(endorsements.certificates, memory)
     vek = _find_vek(trail, report, signer, certificates)
-    chain = _build_chain(trail, signer, vek, certificates, roots)
-    revocation = _revocation(trail, chain, endorsements.revocation_lists)
+    chain = _build_chain(trail, signer, vek, certificates, roots, memory)
+    revocation = _revocation(trail, chain, endorsements.revocation_lists, memory)
     # 3
     product = _agree_on_product(trail, report, chain)
     turin = product == "Turin"
@@ -117,12 +124,16 @@ def verify_report(trail: Trail, raw: bytes, endorsements: Endorsements, roots: T
     )
 
 
-def _readable(certificates: Iterable[bytes]) -> list[Certificate]:
+def _readable(certificates: Iterable[bytes], memory: Memory) -> list[Certificate]:
     """Parse the candidates; one that cannot be read is no candidate, since hosts supply what they like. Each counts once."""
     readable = []
     for raw in dict.fromkeys(certificates):
         try:
-            readable.append(Certificate.parse(raw))
+            readable.append(
+                memory.recall(
+                    "certificate", raw, weight=_CERTIFICATE_WEIGHT, make=partial(Certificate.parse, raw)
+                )
+            )
         except Malformed:
             continue
     return readable
@@ -151,8 +162,13 @@ def _fits(report: Report, candidate: Certificate) -> bool:
     return tcb.pack() == report.reported_tcb and (hwid is None or report.chip_id.startswith(hwid))
 
 
-def _build_chain(
-    trail: Trail, signer: str, vek: Certificate, certificates: Sequence[Certificate], roots: TrustedRoots
+def _build_chain(  # noqa: PLR0913 - what a chain is made of
+    trail: Trail,
+    signer: str,
+    vek: Certificate,
+    certificates: Sequence[Certificate],
+    roots: TrustedRoots,
+    memory: Memory,
 ) -> _Chain:
     """Find and verify VEK -> ASK or ASVK -> trusted ARK; several certificates of one name are tried in turn.
 
@@ -174,13 +190,15 @@ def _build_chain(
     )
     reasons: list[str] = []
     for ark, root in arks:
-        if not _signed(ark, ark, reasons):
+        if not _signed(ark, ark, memory, reasons):
             continue
         for intermediate in issuers:
-            if intermediate.fields.issuer != ark.fields.subject or not _signed(intermediate, ark, reasons):
+            if intermediate.fields.issuer != ark.fields.subject or not _signed(
+                intermediate, ark, memory, reasons
+            ):
                 continue
             try:
-                vek.require_signed_by(intermediate)
+                _require_signed(vek, intermediate, memory)
                 vek.vek_key()
                 _require_name(intermediate, _CA_NAMES[signer] + root.product)
             except KagimoriError as error:
@@ -198,10 +216,16 @@ def _build_chain(
     raise AssertionError  # unreachable: the check above always raises
 
 
-def _signed(certificate: Certificate, issuer: Certificate, reasons: list[str]) -> bool:
+def _require_signed(certificate: Certificate, issuer: Certificate, memory: Memory) -> None:
+    """Raise NotAuthentic unless an issuer signed a certificate: a matter of their bytes alone."""
+    make = partial(certificate.require_signed_by, issuer)
+    memory.recall("signed", issuer.raw, certificate.raw, weight=0, make=make)
+
+
+def _signed(certificate: Certificate, issuer: Certificate, memory: Memory, reasons: list[str]) -> bool:
     """Tell whether an issuer signed a certificate, or add the reason why not."""
     try:
-        certificate.require_signed_by(issuer)
+        _require_signed(certificate, issuer, memory)
     except KagimoriError as error:
         reasons.append(_reason(error))
         return False
@@ -222,12 +246,12 @@ def _names(*certificates: Certificate) -> str:
     return " -> ".join(certificate.common_name for certificate in certificates)
 
 
-def _revocation(trail: Trail, chain: _Chain, lists: Sequence[bytes]) -> Revocation:
+def _revocation(trail: Trail, chain: _Chain, lists: Sequence[bytes], memory: Memory) -> Revocation:
     """Ask the newest list that this ARK signed; without one, say so and leave it to policy.
 
     A VCEK or VLEK cannot be named there (its serial number is 0), so the list is about ASK and ASVK.
     """
-    genuine = [found for raw in lists if (found := _genuine_list(raw, chain.ark)) is not None]
+    genuine = [found for raw in lists if (found := _genuine_list(raw, chain.ark, memory)) is not None]
     if not genuine:
         return Revocation(next_update=None, missing=f"no revocation list signed by {chain.ark.common_name}")
     newest = max(genuine, key=lambda found: found.last_update)
@@ -241,10 +265,16 @@ def _revocation(trail: Trail, chain: _Chain, lists: Sequence[bytes]) -> Revocati
     return Revocation(next_update=newest.next_update, missing=None)
 
 
-def _genuine_list(raw: bytes, ark: Certificate) -> RevocationList | None:
+def _genuine_list(raw: bytes, ark: Certificate, memory: Memory) -> RevocationList | None:
     """Read a revocation list, if it is one and this ARK signed it."""
     try:
-        return RevocationList.parse(raw).require_signed_by(ark)
+        return memory.recall(
+            "revocation list",
+            ark.raw,
+            raw,
+            weight=2 * len(raw),
+            make=lambda: RevocationList.parse(raw).require_signed_by(ark),
+        )
     except PeerError:
         return None
 
