@@ -22,6 +22,7 @@ from kagimori_simulator.event_log import MeasuredBoot
 from kagimori_verifier.appraise.boot import appraise_boot
 from kagimori_verifier.appraise.policy import Policy, TcbFloor
 from kagimori_verifier.appraise.reference import BootState, PcrReference, References
+from kagimori_verifier.examine import eventlog as examine
 from kagimori_verifier.trail import Trail
 from kagimori_verifier.verify.eventlog import Event, EventLog, parse, replay, replay_to
 from kagimori_verifier.verify.eventlog_layout import EV_NO_ACTION, HASHES, MAX_EVENTS
@@ -55,8 +56,12 @@ def references() -> References:
 
 
 def run(data: bytes) -> None:
-    """Do everything that the verifier does with a log."""
-    log = parse(data)
+    """Do everything that the verifier does with a log, and what its command does with one that it refuses."""
+    try:
+        log = parse(data)
+    except NotAuthentic:
+        check_foreign(examine.parse(data))
+        raise
     assert 1 <= len(log.events) <= MAX_EVENTS
     assert [event.index for event in log.events] == list(range(len(log.events)))
     for bank in log.algorithms:
@@ -66,6 +71,18 @@ def run(data: bytes) -> None:
         check_event(event)
     if "sha256" in log.algorithms:
         check_judgement(log)
+
+
+def check_foreign(foreign: examine.ForeignLog) -> None:
+    """A log that only the command reads is said to be one, and replays or says why not."""
+    assert foreign.refusal
+    assert foreign.padding == 0 or foreign.padding >= examine.LEAST_PADDING
+    for event in (*foreign.log.events, *foreign.unmeasured):
+        check_event(event)
+    trail = Trail()
+    values = examine.replay(trail, foreign, None)
+    assert set(values) <= set(foreign.banks)
+    assert trail.checks
 
 
 def check_replay(log: EventLog, bank: str) -> None:
@@ -187,5 +204,6 @@ TARGET = Target(
         "kagimori_verifier.verify.eventlog_measured",
         "kagimori_verifier.verify.eventlog_names",
         "kagimori_verifier.appraise.boot",
+        "kagimori_verifier.examine.eventlog",
     ),
 )
