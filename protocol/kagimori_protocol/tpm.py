@@ -8,6 +8,7 @@ same thing. Source: TCG TPM 2.0 Library part 2 (structures) and TCG EK Credentia
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -94,8 +95,9 @@ def require_ek_l1(raw: bytes) -> bytes:
     return raw
 
 
+@functools.lru_cache(maxsize=64)  # what reads one exchange asks several times for its EK and its AK
 def parse_public(raw: bytes) -> TPMT_PUBLIC:
-    """Read a TPMT_PUBLIC strictly. Raises Malformed."""
+    """Read a TPMT_PUBLIC strictly; not to be changed. Raises Malformed."""
     return _exactly(TPMT_PUBLIC, raw, "public.layout")
 
 
@@ -122,7 +124,11 @@ def object_name(public: bytes) -> bytes:
 
 def pcr_selection(indices: Iterable[int]) -> bytes:
     """Marshal a TPML_PCR_SELECTION of the SHA-256 bank; without any index it is NO_PCRS."""
-    chosen = sorted(set(indices))
+    return _pcr_selection(tuple(sorted(set(indices))))
+
+
+@functools.lru_cache(maxsize=64)  # a verifier has few policies, and each exchange of a VM asks twice
+def _pcr_selection(chosen: tuple[int, ...]) -> bytes:
     if not chosen:
         return NO_PCRS
     bits = sum(1 << index for index in chosen)
@@ -134,6 +140,7 @@ def pcr_selection(indices: Iterable[int]) -> bytes:
     return bytes(TPML_PCR_SELECTION([selection]).marshal())
 
 
+@functools.lru_cache(maxsize=64)
 def selected_pcrs(selection: bytes) -> tuple[int, ...]:
     """Read back the indices of a selection made by ``pcr_selection``; any other form raises Malformed."""
     parsed = _exactly(TPML_PCR_SELECTION, selection, "pcr-selection.layout")

@@ -78,7 +78,7 @@ _BMP_END: Final = 0x10000
 _BYTES_SHOWN: Final = 16
 _TEXT_READ: Final = 2 * LINE_LENGTH
 _TEXT_LENGTH: Final = 4
-_TEXT_BYTES: Final = frozenset({*_PRINTABLE, *b"\t\n\r"})
+_TEXT_BYTES: Final = bytes({*_PRINTABLE, *b"\t\n\r"})
 _VALUE_SHOWN: Final = 8
 _DIGITS_SHOWN: Final = 16
 _LOOKAHEAD: Final = 16
@@ -198,7 +198,7 @@ def _unless(measured: m.Measured | None, note: str = _NOT_MEASURED) -> str:
 def _text(data: bytes) -> str:
     """Guess how ``data`` is best shown: text and what follows its NUL, UTF-16 of Latin letters, or bytes."""
     head, _, rest = data[:_TEXT_READ].partition(b"\0")
-    if len(head) >= _TEXT_LENGTH and all(byte in _TEXT_BYTES for byte in head):
+    if len(head) >= _TEXT_LENGTH and not head.translate(None, _TEXT_BYTES):
         text = head.decode("ascii")
         return f"{text} {_bytes(rest)}" if any(rest) else text
     cut = data[: 2 * _TEXT_READ]
