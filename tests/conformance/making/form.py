@@ -14,7 +14,7 @@ Body = dict[str, Any]
 UUID: Final = "0b3a6a7c-5c1b-4f5e-9d0e-0f4f8f6f2a11"
 DIGEST: Final = b"\x11" * 32
 SECRET: Final = bytes(range(0x40, 0x60))
-TEXT: Final = 'line\n tab\t quote" backslash\\ slash/ control\x01 delete\x7f é 鍵 \U0001f511'
+TEXT: Final = 'line\n tab\t more\b\f\r quote" backslash\\ slash/ control\x01\x1f delete\x7f é 鍵 \U0001f511'
 
 HELLO: Final[Body] = {
     "type": "hello",
