@@ -203,6 +203,7 @@ def test_a_bank_that_the_log_does_not_have_cannot_be_compared(vectors: Path, rep
     replay.fails("eventlog.bank: ", raw, dict(pcrs) | {"sha256": {"0": "00" * 32}})
     told = replay.holds(raw, pcrs)
     assert any("a verifier refuses a boot with such a log: eventlog.bank" in note for note in told["notes"])
+    assert any("only SHA-1 values were compared" in note for note in told["notes"])
 
 
 def test_pcrs_of_the_log_that_were_not_given_are_named(replay: Replay) -> None:

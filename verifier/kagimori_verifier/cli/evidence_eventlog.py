@@ -128,6 +128,8 @@ def _notes(foreign: ForeignLog) -> list[str]:
 def _open_notes(foreign: ForeignLog, given: Banks | None) -> list[str]:
     """Name what was not compared: PCRs that move without the log, and PCRs that were not given."""
     notes = []
+    if given is not None and set(given) == {"sha1"}:
+        notes.append("only SHA-1 values were compared, and collisions of SHA-1 can be made")
     logged = {event.pcr for event in foreign.log.events if event.type != EV_NO_ACTION}
     for bank, values in (given or {}).items():
         if bank not in foreign.banks:
