@@ -20,7 +20,7 @@ def decode(text: str, type: type[T], column: str) -> T:
     """Read a value of a column. Raises StoreUnavailable for what this release cannot have written."""
     try:
         return msgspec.json.decode(text, type=type)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
         raise StoreUnavailable(
             f"The database holds something else than {column} in that column.",
             code="store.broken",
