@@ -1,4 +1,4 @@
-"""The agent's command line: ``unlock``, ``dry-run``, ``doctor``, ``cap``.
+"""The agent's command line: ``unlock``, ``dry-run``, ``doctor``, ``cap``, ``footprint``.
 
 Import budget: argparse, json, the error tree and the console; each verb imports what it needs, so that ``cap`` works when
 nothing else does.
@@ -132,6 +132,23 @@ def _parser() -> argparse.ArgumentParser:
         "Extend the cap PCR of every TPM and read it back. Power off if this fails: whoever gets into this boot could\n"
         "ask for the key again.",
     )
+    footprint = verb(
+        "footprint",
+        _footprint,
+        "list what an initramfs must carry for the agent, or put it there",
+        "List files and kernel modules that the agent needs in an initramfs, one a line: `file PATH`, `module NAME`,\n"
+        "`builtin NAME`, `absent NAME`. The hooks of initramfs-tools and dracut call it; a name that is not on this\n"
+        "machine is an error.",
+    )
+    footprint.add_argument(
+        "--kernel", metavar="RELEASE", help="the kernel of the initramfs (default: the running one)"
+    )
+    footprint.add_argument(
+        "--into",
+        type=Path,
+        metavar="DIR",
+        help="also copy the files there, with agent.toml and what starts the agent; kernel modules are the caller's",
+    )
     return parser
 
 
@@ -230,6 +247,31 @@ def _cap(options: argparse.Namespace) -> int:
         return 0
     for one in capped:
         print(f"{one.tpm}: PCR {config.tpm.cap_pcr} {'was capped' if one.before == one.after else 'capped'}")
+    return 0
+
+
+def _footprint(options: argparse.Namespace) -> int:
+    try:
+        from kagimori_agent.footprint import resolve
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "This agent lives in an initramfs, and cannot build one.",
+            code="footprint.here",
+            expected="kagimori-agent as a package installs it",
+            found=str(error),
+            todo="Run it on the booted system.",
+        ) from error
+
+    found = resolve(options.kernel or os.uname().release)
+    if options.into is not None:
+        from kagimori_agent.config import load
+        from kagimori_agent.footprint_install import install
+
+        install(found, options.into, load(options.config), options.config)
+    if options.json:
+        _print_json(found.as_dict())
+    else:
+        print("\n".join(found.lines()))
     return 0
 
 
