@@ -1,0 +1,74 @@
+"""A cache of what is dear to build, keyed by the content of what it is made from.
+
+An entry is a directory ``<layer>-<key>``, complete or not there: it is built beside and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+_KEPT_S: Final = 14 * 86400
+"""Seconds for which an entry stays that nobody asks for."""
+
+
+class Cache:
+    """Directories below ``root``; several processes may use it, and one builds at a time."""
+
+    def __init__(self, root: Path) -> None:
+        """Use ``root``, which is made, and drop what nobody has asked for in two weeks."""
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            for entry in root.iterdir():
+                if entry.is_dir() and entry.stat().st_mtime < time.time() - _KEPT_S:
+                    shutil.rmtree(entry)
+
+    def get(self, layer: str, made_from: Iterable[object], build: Callable[[Path], None]) -> Path:
+        """Give the directory of a layer for these inputs; ``build`` fills it where it is not there yet.
+
+        Inputs are texts, bytes, and paths, whose files count with names and content.
+        """
+        key = digest([layer, *made_from])
+        path = self._root / f"{layer}-{key[:16]}"
+        with self._locked():
+            if not path.is_dir():
+                unfinished = self._root / f"unfinished-{layer}"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                build(unfinished)
+                unfinished.rename(path)
+            os.utime(path)
+        return path
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self._root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def digest(parts: Iterable[object]) -> str:
+    """Hash inputs so that no two lists of them give the same bytes."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = b"".join(_content(part)) if isinstance(part, Path) else str(part).encode()
+        whole.update(len(data).to_bytes(8, "big"))
+        whole.update(data)
+    return whole.hexdigest()
+
+
+def _content(path: Path) -> Iterator[bytes]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file.is_file() and "__pycache__" not in file.parts:
+            data = file.read_bytes()
+            yield f"{file.relative_to(path)} {file.stat().st_mode & 0o111:o} {len(data)}\n".encode()
+            yield data

@@ -1,0 +1,74 @@
+"""The fixtures of the boot tests. They need root, the programs of ``machine``, and this machine's own Debian mirror."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.boot import estate as estates
+from tests.boot.cache import Cache
+from tests.boot.estate import BOOT_S, Estate, Site, session_in
+from tests.boot.images import ROOT
+from tests.boot.machine import CODE, PROGRAMS, VARS
+
+IN_CI = os.environ.get("CI") == "true"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave boots out unless ``-m`` names them: they take minutes, and what installs their programs is not ready."""
+    if "boot" in str(config.getoption("markexpr")):
+        return
+    boots = [item for item in items if item.get_closest_marker("boot")]
+    config.hook.pytest_deselected(items=boots)
+    items[:] = [item for item in items if item not in boots]
+
+
+@pytest.fixture(scope="session")
+def _can_boot() -> None:
+    missing = [
+        name
+        for name in (*PROGRAMS, "swtpm_setup", "mmdebstrap", "mke2fs", "unshare")
+        if shutil.which(name) is None
+    ]
+    missing += [str(path) for path in (CODE, VARS) if not path.exists()]
+    if os.geteuid() != 0:
+        missing.append("root's rights")
+    if missing:
+        explanation = f"machines cannot be booted here without {', '.join(missing)}"
+        if IN_CI:
+            pytest.fail(explanation)
+        pytest.skip(explanation)
+
+
+@pytest.fixture(scope="session")
+def estate(_can_boot: None) -> Estate:
+    """Give the images, built or out of the cache."""
+    return estates.build(Cache(ROOT / ".dev" / "boot"))
+
+
+@pytest.fixture(scope="session")
+def first_boot(estate: Estate, tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, list[str]]:
+    """Boot once, before the owner has accepted any boot; gives the site as it is then, and what the console said."""
+    directory = tmp_path_factory.mktemp("first")
+    shutil.copytree(estate.verifier, directory / "verifier")
+    site = Site(estate, directory)
+    with site.serving() as served, site.booted(served.url) as machine:
+        machine.wait_off(BOOT_S)
+    return site, machine.said("")
+
+
+@pytest.fixture(scope="session")
+def accepted(first_boot: tuple[Site, list[str]]) -> Site:
+    """Give the site once its owner has looked at the first boot and accepted it."""
+    site, lines = first_boot
+    site.verifier("reference", "accept", session_in(lines), "--yes", "--label", "first boot")
+    return site
+
+
+@pytest.fixture
+def site(accepted: Site, tmp_path: Path) -> Site:
+    """Give a site of its own to each test, whose owner knows the honest boot."""
+    shutil.copytree(accepted.directory / "verifier", tmp_path / "verifier")
+    return Site(accepted.estate, tmp_path)

@@ -1,0 +1,146 @@
+"""An owner with a real verifier, and a VM whose image boots: what the tests of this directory act on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tests.boot import images, machine
+from tests.boot.cache import Cache
+from tests.boot.images import MEASUREMENT, PASSPHRASE, ROOT, Images
+
+from kagimori_simulator.amd import AmdRoot
+from kagimori_simulator.commands import Commands, Done, ServedVerifier
+
+VM: Final = "web1"
+PROFILE: Final = "debian"
+FLOOR: Final = "Milan:boot_loader=4,tee=0,snp=24,microcode=219"
+CMDLINE: Final = "console=ttyS0 root=/dev/mapper/cryptroot ro panic=-1"
+
+LIMITS: Final = """
+[limits]
+boot_budget_s = 180
+backoff_max_s = 3
+"""
+"""Test machines are slow, and their verifier is never far."""
+
+BOOT_S: Final = 180
+"""Seconds that a boot may take: six times what it takes when nothing else runs."""
+
+
+@dataclass(frozen=True)
+class Estate:
+    """Everything built: images, the initramfs, the volume with the verifier's keyslot, and a verifier to be copied."""
+
+    images: Images
+    initramfs: Path
+    volume: Path
+    verifier: Path
+
+
+def build(cache: Cache) -> Estate:
+    """Build it, or find it in the cache."""
+    built = images.build(cache)
+    rooms = [ROOT / name for name in ("verifier", "protocol", "pyproject.toml")]
+    made_from = [built.volume.parent.name, built.amd_root.parent.name, *rooms, Path(__file__)]
+    owner = cache.get("owner", made_from, lambda to: _build_owner(to, built))
+    agent_toml = (owner / "agent.toml").read_text(encoding="utf-8")
+    initramfs = images.build_initramfs(cache, built, agent_toml)
+    return Estate(built, initramfs, owner / "disk.img", owner / "verifier")
+
+
+def _build_owner(to: Path, built: Images) -> None:
+    """Enrol, as README.md does by hand: root, profile, measurement, VM, and a keyslot in the volume."""
+    owner = Commands(to).verifier
+    owner(
+        "init",
+        "--dir",
+        str(to / "verifier"),
+        "--listen",
+        "127.0.0.1:0",
+        "--public-url",
+        f"http://{machine.VERIFIER_AT}",
+    )
+    root = AmdRoot.load(built.amd_root)
+    ders = {name: to / f"{name}.der" for name in ("ark", "ask", "crl")}
+    for path, content in zip(ders.values(), (root.ark_der, root.ask_der, root.crl()), strict=True):
+        path.write_bytes(content)
+    owner("endorsements", "root", "add", "--certificate", str(ders["ark"]), "--label", "simulated")
+    owner("endorsements", "import", *map(str, ders.values()))
+    owner("profile", "add", PROFILE, "--boot-way", "direct", "--tcb-floor", FLOOR)
+    owner(
+        *("reference", "measurement", "add", MEASUREMENT, "--profile", PROFILE),
+        *("--kind", "svsm-vtpm", "--label", "svsm", "--svsm-feature", "vtpm"),
+    )
+    owner("vm", "add", VM, "--profile", PROFILE, "--chip", built.chip_id)
+    shutil.copy(built.volume, to / "disk.img")
+    owner(
+        *("volume", "add", "--vm", VM, "--device", str(to / "disk.img"), "--passphrase-fd", "0"),
+        stdin=PASSPHRASE.decode(),
+    )
+    # The TPM that QEMU gives a machine stands for the SVSM's, whose driver Debian's kernels do not have.
+    text = owner("vm", "config", VM).stdout.replace('driver = "tpm_svsm"', 'driver = "tpm_crb"')
+    (to / "agent.toml").write_text(text + LIMITS, encoding="utf-8")
+
+
+@dataclass
+class Site:
+    """One test's copy of the verifier, and the VM that it starts."""
+
+    estate: Estate
+    directory: Path
+
+    @property
+    def commands(self) -> Commands:
+        """The owner's command line."""
+        return Commands(self.directory)
+
+    def verifier(self, *words: str) -> Done:
+        """Run a verb of the owner's that must work."""
+        return self.commands.verifier(*words)
+
+    @contextmanager
+    def serving(self) -> Iterator[ServedVerifier]:
+        """Run the verifier."""
+        with self.commands.serving() as served:
+            yield served
+
+    @contextmanager
+    def booted(self, verifier: str | None, cmdline: str = CMDLINE) -> Iterator[machine.Machine]:
+        """Switch the VM on."""
+        with machine.start(
+            self.directory / "vm",
+            kernel=self.estate.images.kernel,
+            initramfs=self.estate.initramfs,
+            cmdline=cmdline,
+            disks=[
+                machine.Disk(self.estate.volume, "root"),
+                machine.Disk(self.estate.images.hardware, "snp"),
+            ],
+            verifier=verifier,
+        ) as running:
+            yield running
+
+    def explained(self, session: str) -> list[dict[str, Any]]:
+        """Give the checks of a session, as the owner sees them."""
+        return self.commands.explain(session)
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """Give the ledger's lines, oldest first, having verified its chain."""
+        self.verifier("ledger", "verify")
+        listed: list[dict[str, Any]] = self.verifier("ledger", "list", "--json").json()["entries"]
+        return listed
+
+
+def session_in(lines: list[str]) -> str:
+    """Find the session that a refusal on the console names."""
+    found = [
+        match[1] for line in lines if (match := re.search(r"kagimori-verifier explain ([0-9a-f]{16})", line))
+    ]
+    assert found, f"no session in {lines}"
+    return str(found[-1])

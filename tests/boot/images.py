@@ -1,0 +1,343 @@
+"""Build what a test's machine boots: a real Debian's kernel and initramfs, an encrypted root, and simulated hardware.
+
+Four layers, each cached by the content of what it is made from: Debian as its mirror has it now; the agent in it, as a
+package would install it; the encrypted root; the disk that simulates SNP. The initramfs comes last, from the
+distribution's own mkinitramfs with our hook.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from tests.boot.cache import Cache
+
+from kagimori_simulator.amd import AmdRoot
+
+ROOT: Final = Path(__file__).parent.parent.parent
+GUEST: Final = Path(__file__).with_name("guest")
+HOOK: Final = ROOT / "initramfs-tools-hook"
+
+SUITE: Final = "bookworm"
+PACKAGES: Final = (
+    *("linux-image-cloud-amd64", "initramfs-tools", "cryptsetup-initramfs", "cryptsetup-bin", "udev", "kmod"),
+    *("busybox", "zstd", "python3", "libtss2-esys-3.0.2-0", "libtss2-tcti-device0", "libtss2-tctildr0"),
+    *("libtss2-mu0", "libtss2-rc0", "libtss2-fapi1", "libtss2-sys1", "fuse3", "libfuse3-3"),
+)
+UUID: Final = "5c9e7a10-3d0f-4b7a-9a51-0c6b7d1e2f30"
+"""Of the encrypted root."""
+PASSPHRASE: Final = b"the installer's passphrase"
+SECRET: Final = "what only the encrypted root holds"
+MEASUREMENT: Final = "c0" * 48
+
+_PYTHON: Final = "usr/lib/kagimori/python"
+_LAUNCHER: Final = f"""\
+#!/usr/bin/python3 -I
+import sys
+sys.path[:0] = ["/{_PYTHON}"]
+from kagimori_agent.cli import main
+sys.exit(main())
+"""
+_IN_DISK: Final = (
+    "usr/bin",
+    "usr/sbin",
+    "usr/lib/python3",
+    "usr/lib/python3.11",
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib64",
+    "etc",
+)
+_TIMEOUT_S: Final = 900
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is built: ``chroot`` is Debian with the agent, ``hardware`` the simulating disk, ``volume`` the encrypted root."""
+
+    chroot: Path
+    kernel: Path
+    hardware: Path
+    volume: Path
+    amd_root: Path
+    chip_id: str
+
+
+def build(cache: Cache) -> Images:
+    """Build everything that does not depend on a verifier."""
+    debian = cache.get("debian", _debian_inputs(), _build_debian)
+    wheels = cache.get(
+        "wheels", [ROOT / "requirements/agent.txt", ROOT / "requirements/dev.txt", sys.version], _build_wheels
+    )
+    rooms = [ROOT / name for name in ("agent", "protocol", "simulator", "pyproject.toml")]
+    agent = cache.get(
+        "agent",
+        [debian.name, wheels.name, *rooms, HOOK, GUEST, UUID],
+        lambda to: _build_agent(to, debian, wheels),
+    )
+    amd = cache.get("amd", ["1"], _build_amd)
+    hardware = cache.get(
+        "hardware", [agent.name, amd.name, "1"], lambda to: _build_hardware(to, agent / "root", amd)
+    )
+    volume = cache.get(
+        "volume",
+        [debian.name, GUEST / "init", UUID, PASSPHRASE, SECRET],
+        lambda to: _build_volume(to, debian / "root"),
+    )
+    return Images(
+        agent / "root",
+        _kernel(agent / "root"),
+        hardware / "disk.img",
+        volume / "disk.img",
+        amd / "root",
+        (amd / "chip-id").read_text(),
+    )
+
+
+def build_initramfs(cache: Cache, images: Images, agent_toml: str) -> Path:
+    """Make an initramfs for this agent.toml with the distribution's mkinitramfs and our hook; gives its path."""
+
+    def make(to: Path) -> None:
+        chroot = to / "root"
+        _copy_tree(images.chroot, chroot)
+        (chroot / "etc/kagimori").mkdir()
+        (chroot / "etc/kagimori/agent.toml").write_text(agent_toml, encoding="utf-8")
+        release = images.kernel.name.removeprefix("vmlinuz-")
+        with (to / "mkinitramfs.log").open("wb") as log:
+            _in_chroot(chroot, ["mkinitramfs", "-o", "/made.img", release], log.fileno())
+        shutil.move(chroot / "made.img", to / "initrd.img")
+        shutil.rmtree(chroot)
+
+    return cache.get("initramfs", [images.chroot.parent.name, agent_toml], make) / "initrd.img"
+
+
+def _debian_inputs() -> list[object]:
+    """Give what Debian is made from: our list, and the state of the archive that this machine's apt has seen last."""
+    lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{SUITE}*_InRelease"))
+    if not lists:
+        _run(["apt-get", "update", "-qq"])
+        lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{SUITE}*_InRelease"))
+    return [SUITE, *PACKAGES, *lists]
+
+
+def _build_debian(to: Path) -> None:
+    """Install Debian from the mirrors of this machine's own apt configuration."""
+    quiet = ["man", "locale", "doc"]
+    _run(
+        [
+            *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"),
+            '--aptopt=Acquire::Languages "none"',
+            *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in quiet),
+            *_apt_options(),
+            f"--include={','.join(PACKAGES)}",
+            *(SUITE, str(to / "root"), *_sources()),
+        ]
+    )
+
+
+def _sources() -> list[str]:
+    """Name the files that say where this machine's Debian comes from."""
+    places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
+    found = [
+        path
+        for path in places
+        if path.suffix in {".list", ".sources"} and path.is_file() and SUITE in path.read_text()
+    ]
+    if not found:
+        raise AssertionError(
+            f"this machine's apt has no source of {SUITE}: boot tests take their Debian from there"
+        )
+    return list(map(str, found))
+
+
+def _apt_options() -> list[str]:
+    """Repeat what this machine's apt is told about dates: its mirror may be a snapshot."""
+    dumped = _run(["apt-config", "dump"])
+    return [
+        f"--aptopt={line.rstrip(';')}" for line in dumped.splitlines() if line.startswith("Acquire::Check-")
+    ]
+
+
+def _build_wheels(to: Path) -> None:
+    """Build the agent's locked packages; tpm2-pytss alone comes as source."""
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    locked = [*pip, "--require-hashes", "--only-binary", ":all:", "--no-binary", "tpm2-pytss"]
+    _run([*locked, "-r", str(ROOT / "requirements/agent.txt"), "-w", str(to)], CFLAGS="-O0 -g0")
+
+
+def _build_agent(to: Path, debian: Path, wheels: Path) -> None:
+    """Put the agent and the hook where a package would put them."""
+    chroot = to / "root"
+    _copy_tree(debian / "root", chroot)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    _run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(to / "own"), str(ROOT)])
+    install = [
+        *pip,
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--root-user-action=ignore",
+        "--target",
+    ]
+    _run(
+        [
+            *install,
+            str(chroot / _PYTHON),
+            *map(str, wheels.iterdir()),
+            *map(str, (to / "own").iterdir()),
+        ]
+    )
+    mfusepy = find_spec("mfusepy")
+    assert mfusepy is not None
+    assert mfusepy.origin is not None
+    _install(Path(mfusepy.origin), chroot / "simulated/packages/mfusepy.py")
+    _write(chroot / "usr/bin/kagimori-agent", _LAUNCHER, 0o755)
+    scripts = chroot / "usr/share/initramfs-tools/scripts"
+    _install(HOOK / "hook", chroot / "usr/share/initramfs-tools/hooks/kagimori")
+    for stage in ("init-premount", "init-bottom", "panic"):
+        _install(HOOK / "scripts" / stage, scripts / stage / "kagimori")
+    for script in (HOOK / "common").iterdir():
+        _install(script, chroot / "usr/lib/kagimori/boot" / script.name)
+    _install(GUEST / "hook", chroot / "etc/initramfs-tools/hooks/simulated-snp")
+    _install(GUEST / "device", chroot / "etc/initramfs-tools/scripts/init-top/simulated-snp")
+    _install(GUEST / "serve.py", chroot / "simulated/serve.py")
+    _write(chroot / "etc/crypttab", f"cryptroot UUID={UUID} none luks,initramfs\n", 0o644)
+    _write(chroot / "etc/fstab", "/dev/mapper/cryptroot / ext4 ro 0 1\n", 0o644)
+
+
+def _build_amd(to: Path) -> None:
+    AmdRoot.create("Milan").save(to / "root")
+    (to / "chip-id").write_text(secrets.token_hex(64), encoding="ascii")
+
+
+def _build_hardware(to: Path, chroot: Path, amd: Path) -> None:
+    """Make the disk with the simulator: a Debian without kernel and documents, and the root's keys."""
+    tree = to / "tree"
+    for name in _IN_DISK:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy_tree(chroot / name, tree / name)
+    (tree / "usr/lib/kagimori").mkdir()
+    _copy_tree(chroot / _PYTHON, tree / _PYTHON)
+    _copy_tree(chroot / "simulated", tree / "simulated")
+    _copy_tree(amd / "root", tree / "simulated/root")
+    shutil.copy(amd / "chip-id", tree / "simulated/chip-id")
+    (tree / "simulated/measurement").write_text(MEASUREMENT, encoding="ascii")
+    for name in ("bin", "lib", "lib64", "sbin"):
+        (tree / name).symlink_to(f"usr/{name}")
+    for name in ("dev", "proc", "run", "tmp"):
+        (tree / name).mkdir()
+    _make_ext4(tree, to / "disk.img", "320M")
+    shutil.rmtree(tree)
+
+
+def _build_volume(to: Path, debian: Path) -> None:
+    """Make the encrypted root: a file system with one program in it, encrypted in place without device-mapper."""
+    tree = to / "tree"
+    for name in ("bin", "dev", "proc", "sys", "run", "sbin", "etc"):
+        (tree / name).mkdir(parents=True)
+    busybox = debian / "usr/bin/busybox"
+    shutil.copy2(busybox, tree / "bin/busybox")
+    for line in _run(["ldd", str(busybox)]).splitlines():
+        library = next((Path(word) for word in line.split() if word.startswith("/")), None)
+        if library is not None:
+            target = tree / library.relative_to("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(debian / library.relative_to("/"), target)
+    _install(GUEST / "init", tree / "sbin/init")
+    (tree / "secret").write_text(SECRET, encoding="utf-8")
+    image = to / "disk.img"
+    _make_ext4(tree, image, "48M")
+    with image.open("r+b") as file:
+        file.truncate(image.stat().st_size + (32 << 20))
+    (to / "passphrase").write_bytes(PASSPHRASE)
+    fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
+    _run(
+        [
+            *("cryptsetup", "reencrypt", "-q", "--encrypt", "--type", "luks2", "--uuid", UUID),
+            *("--reduce-device-size", "32M", "--resilience", "none", *fast),
+            *("--key-file", str(to / "passphrase"), str(image)),
+        ]
+    )
+    shutil.rmtree(tree)
+
+
+def _make_ext4(tree: Path, image: Path, size: str) -> None:
+    _run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(tree), str(image), size])
+
+
+def _kernel(chroot: Path) -> Path:
+    (kernel,) = (chroot / "boot").glob("vmlinuz-*")
+    return kernel
+
+
+def _install(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+    target.chmod(0o755)
+
+
+def _write(target: Path, text: str, mode: int) -> None:
+    target.write_text(text, encoding="utf-8")
+    target.chmod(mode)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    _run(["cp", "-a", "--reflink=auto", str(source), str(target)])
+
+
+def _in_chroot(chroot: Path, command: Sequence[str], log: int) -> None:
+    """Run a command in a chroot with its kernel file systems, whose mounts end with it."""
+    script = (
+        'mount -t proc proc "$0/proc" && mount --rbind /sys "$0/sys" && mount --rbind /dev "$0/dev" &&'
+        ' exec chroot "$0" "$@"'
+    )
+    whole = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(chroot), *command]
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(
+        whole,
+        check=False,
+        timeout=_TIMEOUT_S,
+        env=environment,
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        os.lseek(log, 0, os.SEEK_SET)
+        raise AssertionError(f"{command[0]} failed:\n{_read_all(log)}")
+
+
+def _read_all(descriptor: int) -> str:
+    return Path(f"/proc/self/fd/{descriptor}").read_text(encoding="utf-8", errors="replace")
+
+
+def _run(command: Sequence[str], **environment: str) -> str:
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        env=dict(os.environ) | environment,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        raise AssertionError(f"{' '.join(command[:6])} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout

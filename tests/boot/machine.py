@@ -1,0 +1,250 @@
+"""One emulated machine: QEMU without KVM, OVMF, a TPM of its own, and a serial console whose lines carry their time.
+
+Everything a machine writes lies in its directory; everything it starts dies with it, also when this process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Final
+
+CODE: Final = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+VARS: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+PROGRAMS: Final = ("qemu-system-x86_64", "swtpm", "setpriv", "nice")
+VERIFIER_AT: Final = "10.0.2.100:8117"
+"""Where a guest finds its verifier: an address of QEMU's own network, which leads nowhere else."""
+
+PHASES: Final = (
+    ("kernel", r"\] Linux version "),
+    ("initramfs", r"Run /init as init process"),
+    ("agent", r"kagimori-agent: "),
+    ("opened", r"kagimori-agent: \S+: mapped"),
+    ("root", r"guest: root reached"),
+    ("done", r"guest: done"),
+)
+"""What a boot passes through, by the first console line of each; before the first of them runs the firmware."""
+
+_STOP_S: Final = 10
+_TPM_READY_S: Final = 10
+_POLL_S: Final = 0.05
+
+
+@dataclass
+class Line:
+    """A line of the console, and the seconds from power on."""
+
+    at_s: float
+    text: str
+
+
+@dataclass
+class Machine:
+    """A running machine; make one with ``start``."""
+
+    directory: Path
+    qemu: subprocess.Popen[bytes]
+    port_file: Path
+    lines: list[Line] = field(default_factory=list)
+    _news: threading.Condition = field(default_factory=threading.Condition)
+    _ended: bool = False
+
+    def wait_for(self, pattern: str, timeout_s: float) -> Line:
+        """Give the first line that matches, or fail with the console's end: at time out, or when the machine is off."""
+        wanted = re.compile(pattern)
+        deadline = time.monotonic() + timeout_s
+        looked_at = 0
+        with self._news:
+            while True:
+                for line in self.lines[looked_at:]:
+                    if wanted.search(line.text):
+                        return line
+                looked_at = len(self.lines)
+                left = deadline - time.monotonic()
+                if self._ended or left <= 0:
+                    why = "the machine is off" if self._ended else f"{timeout_s:g} s are over"
+                    raise AssertionError(f"no line with {pattern!r}: {why}\n{self.tail()}")
+                self._news.wait(min(left, 1.0))
+
+    def wait_off(self, timeout_s: float) -> float:
+        """Wait until the machine has switched itself off; gives the seconds from power on."""
+        deadline = time.monotonic() + timeout_s
+        with self._news:
+            while not self._ended:
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"still on after {timeout_s:g} s\n{self.tail()}")
+                self._news.wait(1.0)
+        code = self.qemu.wait(_STOP_S)
+        assert code == 0, f"QEMU ended with {code}: {(self.directory / 'qemu.log').read_text()}"
+        return self.lines[-1].at_s if self.lines else 0.0
+
+    def said(self, pattern: str) -> list[str]:
+        """Give the lines so far that match."""
+        return [line.text for line in list(self.lines) if re.search(pattern, line.text)]
+
+    def tail(self, count: int = 40) -> str:
+        """Give the console's end."""
+        return "\n".join(f"{line.at_s:7.2f}  {line.text}" for line in self.lines[-count:])
+
+    def phases(self) -> dict[str, float]:
+        """Give the second at which each phase began, as far as the boot came."""
+        begun: dict[str, float] = {}
+        for name, pattern in PHASES:
+            for line in list(self.lines):
+                if re.search(pattern, line.text):
+                    begun[name] = round(line.at_s, 1)
+                    break
+        return begun
+
+    def connect_verifier(self, url: str | None) -> None:
+        """Let the guest's verifier be the one at ``url`` of this machine, or nobody."""
+        if url is None:
+            self.port_file.unlink(missing_ok=True)
+        else:
+            self.port_file.write_text(url.rpartition(":")[2].rstrip("/"), encoding="ascii")
+
+    def _read(self) -> None:
+        start = time.monotonic()
+        assert self.qemu.stdout is not None
+        with (self.directory / "serial.log").open("w", encoding="utf-8") as log:
+            for raw in self.qemu.stdout:
+                line = Line(time.monotonic() - start, raw.decode(errors="replace").rstrip("\r\n"))
+                log.write(f"{line.at_s:8.3f}  {line.text}\n")
+                log.flush()
+                with self._news:
+                    self.lines.append(line)
+                    self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk image, which a machine only reads: what it writes is thrown away. ``serial`` names it in the guest."""
+
+    path: Path
+    serial: str
+
+
+@contextlib.contextmanager
+def start(
+    directory: Path,
+    *,
+    kernel: Path,
+    initramfs: Path,
+    cmdline: str,
+    disks: Sequence[Disk],
+    verifier: str | None,
+) -> Iterator[Machine]:
+    """Switch a machine on, with its verifier at the URL ``verifier`` of this machine, or absent; off at the end."""
+    directory.mkdir(parents=True)
+    port_file = directory / "verifier-port"
+    relay = shutil.which("python3") or "python3"
+    command = [
+        *(
+            "nice",
+            "-n",
+            "5",
+            "qemu-system-x86_64",
+            "-machine",
+            "q35",
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "qemu64",
+        ),
+        *(
+            "-smp",
+            "1",
+            "-m",
+            "1024",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+            "-monitor",
+            "none",
+            "-no-reboot",
+        ),
+        *("-nodefaults", "-no-user-config"),
+        *("-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={CODE}"),
+        *("-drive", f"if=pflash,format=raw,unit=1,file={directory / 'vars.fd'}"),
+        *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", cmdline),
+        *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
+        "-netdev",
+        f"user,id=n0,restrict=on,guestfwd=tcp:{VERIFIER_AT}-cmd:{relay} -IS {Path(__file__).with_name('relay.py')} {port_file}",
+        *("-device", "virtio-net-pci,netdev=n0,romfile="),
+    ]
+    for number, disk in enumerate(disks):
+        command += ["-drive", f"file={disk.path},if=none,id=d{number},format=raw,snapshot=on"]
+        command += ["-device", f"virtio-blk-pci,drive=d{number},serial={disk.serial}"]
+    shutil.copy(VARS, directory / "vars.fd")
+    with _tpm(directory) as socket_path:
+        command += [
+            "-chardev",
+            f"socket,id=chrtpm,path={socket_path}",
+            "-tpmdev",
+            "emulator,id=tpm0,chardev=chrtpm",
+        ]
+        command += ["-device", "tpm-crb,tpmdev=tpm0"]
+        with (directory / "qemu.log").open("wb") as errors:
+            qemu = _spawn(command, stdout=subprocess.PIPE, stderr=errors)
+        machine = Machine(directory, qemu, port_file)
+        machine.connect_verifier(verifier)
+        reader = threading.Thread(target=machine._read, daemon=True)
+        reader.start()
+        try:
+            yield machine
+        finally:
+            _stop(qemu)
+            reader.join(_STOP_S)
+            if qemu.stdout is not None:
+                qemu.stdout.close()
+
+
+@contextlib.contextmanager
+def _tpm(directory: Path) -> Iterator[Path]:
+    """Run a TPM with fresh seeds and a SHA-256 bank alone; its socket has a short path, as sun_path takes 107 bytes."""
+    state = directory / "tpm"
+    state.mkdir()
+    setup = ["swtpm_setup", "--tpm2", "--tpmstate", str(state), "--pcr-banks", "sha256", "--create-ek-cert"]
+    with (directory / "swtpm_setup.log").open("wb") as log:
+        subprocess.run(setup, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL, timeout=60)
+    with tempfile.TemporaryDirectory(prefix="kagimori-boot-") as private:
+        socket_path = Path(private) / "tpm"
+        command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--flags", "not-need-init"]
+        command += ["--ctrl", f"type=unixio,path={socket_path}", "--log", f"file={directory / 'swtpm.log'}"]
+        process = _spawn(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + _TPM_READY_S
+            while not socket_path.exists():
+                assert process.poll() is None, (directory / "swtpm.log").read_text()
+                assert time.monotonic() < deadline, "swtpm does not come up"
+                time.sleep(_POLL_S)
+            yield socket_path
+        finally:
+            _stop(process)
+
+
+def _spawn(command: list[str], *, stdout: int, stderr: int | IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a program that the kernel kills when this process dies."""
+    whole = ["setpriv", "--pdeathsig", "KILL", "--", *command]
+    return subprocess.Popen(whole, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
