@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
-from tests.exchange.test_secrets import search_files
+from tests.exchange.test_secrets import search_files, sightings
 
 from kagimori_agent.cap import CAPPED
 from kagimori_verifier import ledger, settings
@@ -124,9 +124,15 @@ def the_boot_is_capped(vtpm: Vtpm) -> None:
     assert all(any(vtpm.pcr(15, bank)) for bank in vtpm.banks())
 
 
-def no_file_holds_the_key(key: bytes, *directories: Path) -> None:
+def no_file_holds_the_key(key: bytes, *places: Path) -> None:
     """Neither what programs wrote nor what they printed has the unlock key, in any form of writing."""
-    assert [sighting for directory in directories for sighting in search_files(key, directory)] == []
+    found: list[str] = []
+    for place in places:
+        if place.is_dir():
+            found += search_files(key, place)
+        else:
+            found += sightings(key, str(place), place.read_bytes())
+    assert found == []
 
 
 def no_traceback(*printed: Path) -> None:
