@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -87,3 +89,17 @@ def test_a_line_that_cannot_be_written_stops_nobody(error: int, monkeypatch: pyt
         replaced.setattr("sys.stderr", Broken())
         structlog.get_logger("kagimori").warning("refused", code="session.fresh")
         logging.getLogger("uvicorn.error").warning("a library's")
+
+
+@pytest.mark.parametrize("to_stderr", [False, True])
+def test_the_tss_writes_no_line_of_its_own_about_what_guests_send(to_stderr: bool) -> None:
+    """It would log each structure that it refuses, past JSON and past our bounds, for whoever sends evidence."""
+    program = (
+        "from kagimori_protocol import tpm; from kagimori_protocol.errors import Malformed; from kagimori_verifier import logs\n"
+        f"{'logs.to_stderr()' if to_stderr else 'pass'}\n"
+        "try: tpm.selected_pcrs(bytes([255]) * 60)\n"
+        "except Malformed: pass\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TSS2_LOG"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    assert (b"TPML_PCR_SELECTION" in ran.stderr) != to_stderr  # without our word it does

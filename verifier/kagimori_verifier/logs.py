@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 from typing import Final, TextIO, cast
 
@@ -38,6 +39,8 @@ class _Stderr(io.TextIOBase):
 
 def to_stderr() -> None:
     """Send our logs, and the libraries' warnings, to stderr, one JSON object a line."""
+    # The TSS would write a line of its own for each structure that it refuses, and guests choose what they send.
+    os.environ.setdefault("TSS2_LOG", "all+none")
     stderr = cast("TextIO", _Stderr())
     structlog.configure(
         processors=[*_SHARED, structlog.processors.JSONRenderer(default=_unprinted)],
