@@ -43,7 +43,7 @@ def main(words: list[str]) -> int:
     if options.input is not None:
         return repeat(names, options.input)
     if options.lines:
-        return max(run_module("tests.fuzz.lines", name) for name in names)
+        return run_module("tests.fuzz.lines", names)
     reason = absent()
     if reason:
         return skipped(reason)
@@ -155,9 +155,9 @@ def tried(target: Target, data: bytes) -> int:
     return 0
 
 
-def run_module(module: str, name: str) -> int:
+def run_module(module: str, words: list[str]) -> int:
     """Run a module in a process of its own, which has imported nothing yet."""
-    return subprocess.run([sys.executable, "-m", module, name], cwd=ROOT, check=False).returncode
+    return subprocess.run([sys.executable, "-m", module, *words], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

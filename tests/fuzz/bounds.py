@@ -29,8 +29,8 @@ BOUNDS: Final = {
     "certificates": Bound(largest=1 << 16, cpu_ms=400, memory_mib=16, fuzzed=1 << 14),
     "x509": Bound(largest=8192 + 1, cpu_ms=200, memory_mib=4, fuzzed=8192 + 1),
     "tpm": Bound(largest=4096 + 64, cpu_ms=100, memory_mib=4, fuzzed=2048),
-    "eventlog": Bound(largest=1 << 20, cpu_ms=4000, memory_mib=64, fuzzed=1 << 13),
-    "messages": Bound(largest=(1 << 20) + 1, cpu_ms=1000, memory_mib=64, fuzzed=1 << 14),
+    "eventlog": Bound(largest=1 << 20, cpu_ms=2500, memory_mib=64, fuzzed=1 << 13),
+    "messages": Bound(largest=(1 << 20) + 1, cpu_ms=1000, memory_mib=32, fuzzed=1 << 14),
     "luks": Bound(largest=2 * (4 << 20) + 1, cpu_ms=1000, memory_mib=64, fuzzed=1 << 15),
 }
 

@@ -1,55 +1,54 @@
-"""Which lines of the parsers the corpora reach: every input of a target once more, under ``coverage``, without the engine.
+"""Which lines of the parsers the corpora reach: every input of the targets once more, under ``coverage``, without the engine.
 
 It counts lines and branches of Python. libFuzzer's edges say how a run grows; this says what it has not seen.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 
-from tests.fuzz.workshop import ROOT, STATE
+ROOT = Path(__file__).parents[2]
+STATE = ROOT / ".dev" / "fuzz"
+"""As in ``workshop``, which would import what is to be measured before that begins."""
 
 
-def main(name: str) -> None:
-    """Print the coverage of one target's modules, as reached by its seeds and its corpus."""
+def main(names: list[str]) -> None:
+    """Print the coverage of the targets' modules, as reached by their seeds and corpora together."""
     os.environ["TSS2_LOG"] = "all+none"
     import coverage
 
-    data = STATE / f"coverage.{name}"
+    warnings.simplefilter("ignore", coverage.exceptions.CoverageWarning)  # of modules that no target needs
+    packages = ["kagimori_protocol", "kagimori_agent", "kagimori_verifier"]
     # Started before anything of ours is imported, so that the lines of definitions count as reached.
-    measured = coverage.Coverage(
-        data_file=str(data),
-        branch=True,
-        source_pkgs=["kagimori_protocol", "kagimori_agent", "kagimori_verifier"],
-    )
+    measured = coverage.Coverage(data_file=None, branch=True, source_pkgs=packages)
     measured.start()
     from tests.fuzz.target import accepts
     from tests.fuzz.targets.names import load
 
-    target = load(name)
-    corpus = STATE / "corpus" / name
-    kept = sorted(corpus.iterdir()) if corpus.is_dir() else []
-    accepted = 0
-    seeds = list(target.seeds())
-    for one in [*seeds, *(path.read_bytes() for path in kept)]:
-        accepted += accepts(target, one)
+    modules: set[str] = set()
+    for name in names:
+        target = load(name)
+        modules |= set(target.covers)
+        corpus = STATE / "corpus" / name
+        kept = sorted(corpus.iterdir()) if corpus.is_dir() else []
+        seeds = list(target.seeds())
+        accepted = sum(accepts(target, one) for one in [*seeds, *(path.read_bytes() for path in kept)])
+        print(f"{name}: {len(seeds)} seeds and {len(kept)} of the corpus, {accepted} accepted")
     measured.stop()
-    files = [
-        spec.origin for module in target.covers if (spec := importlib.util.find_spec(module)) and spec.origin
-    ]
+    specs = [importlib.util.find_spec(module) for module in sorted(modules)]
     shown = io.StringIO()
-    with contextlib.chdir(ROOT):
-        measured.report(include=files, file=shown, show_missing=True)
-    print(f"{name}: {len(seeds)} seeds and {len(kept)} of the corpus, {accepted} accepted")
+    measured.report(
+        include=[spec.origin for spec in specs if spec is not None and spec.origin],
+        file=shown,
+        show_missing=True,
+    )
     print(shown.getvalue().replace(f"{ROOT}{os.sep}", ""))
-    data.unlink(missing_ok=True)
-    Path(f"{data}-journal").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
