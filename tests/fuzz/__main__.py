@@ -29,6 +29,7 @@ LEG_SEED: Final = 1
 
 EXIT_FOUND: Final = 1
 EXIT_USAGE: Final = 2
+EXIT_STOPPED: Final = 130
 
 
 def main(words: list[str]) -> int:
@@ -161,4 +162,9 @@ def run_module(module: str, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:  # the fuzzers had it too, and have ended; their corpora are kept
+        print("fuzz: stopped", file=sys.stderr)
+        code = EXIT_STOPPED
+    sys.exit(code)
