@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -85,6 +86,48 @@ def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(address: tuple[str
         except OSError:
             pass
         assert time.monotonic() - started < PATIENCE_S / 4 * len(REQUEST) / 2
+
+
+@pytest.mark.parametrize("parts", [1, 40], ids=["at once", "in parts"])
+def test_a_head_without_end_is_not_kept(address: tuple[str, int], parts: int) -> None:
+    """It would fill the memory of the verifier as fast as the network can."""
+    padding = b"X-Padding: " + b"x" * (serving.MAX_HEAD // 40) + b"\r\n"
+    endless = b"POST / HTTP/1.1\r\nHost: x\r\n" + padding * 41
+    with socket.create_connection(address) as connection:
+        size = len(endless) // parts + 1
+        with contextlib.suppress(OSError):  # closed before all of it was sent
+            for part in range(parts):
+                connection.sendall(endless[part * size : (part + 1) * size])
+                time.sleep(0.001)
+        assert _ended_after_s(connection) < PATIENCE_S / 2
+
+
+def test_a_head_as_large_as_allowed_is_answered(address: tuple[str, int]) -> None:
+    """Proxies add to it."""
+    head = REQUEST[:-2] + b"X-Padding: " + b"x" * (serving.MAX_HEAD - 200) + b"\r\n\r\n"
+    with socket.create_connection(address) as connection:
+        connection.settimeout(20 * PATIENCE_S)
+        connection.sendall(head[:8000])
+        time.sleep(PATIENCE_S / 10)
+        connection.sendall(head[8000:] + b"body")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_a_second_head_behind_a_request_is_bounded_too(address: tuple[str, int]) -> None:
+    """A request that is being answered hides nothing that is sent after it."""
+    with socket.create_connection(address) as connection:
+        connection.settimeout(20 * PATIENCE_S)
+        connection.sendall(REQUEST + b"body")
+        padding = b"X-Padding: " + b"x" * 1000 + b"\r\n"
+        started = time.monotonic()
+        try:
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\n")
+            while time.monotonic() - started < 20 * PATIENCE_S:
+                connection.sendall(padding)
+                time.sleep(0.001)
+        except OSError:
+            pass
+        assert time.monotonic() - started < 20 * PATIENCE_S
 
 
 def test_a_request_that_is_being_answered_is_left_alone(address: tuple[str, int]) -> None:

@@ -6,9 +6,8 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Final
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kagimori_protocol.errors import OperatorError
 
@@ -30,18 +29,43 @@ CONNECTIONS: Final = 512
 """Connections at once; beyond that, 503. Fewer than the files that a process may usually have open."""
 
 
-class ImpatientProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose request does not begin, or whose head does not end, in time."""
+class ImpatientProtocol(HttpToolsProtocol):
+    """HTTP/1.1 that closes a connection whose request does not begin, or whose head does not end, in time and in size.
+
+    httptools (llhttp, the parser of Node.js) takes a third of the time that h11 does, and bounds no head by itself.
+    """
+
+    _head: int | None = None
+    """Bytes that arrived since a head began which has not ended yet."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to watch."""
         super().connection_made(transport)
         self.loop.call_later(HEAD_S, self._look, self.cycle, True)  # noqa: FBT003 - nothing has been sent yet
 
+    def data_received(self, data: bytes) -> None:
+        """Take what arrived, unless a head has grown too large by it; where it began within ``data``, all of that counts."""
+        super().data_received(data)
+        if self._head is not None:
+            self._head += len(data)
+            if self._head > MAX_HEAD:
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        self._head = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Count no more."""
+        self._head = None
+        super().on_headers_complete()
+
     def _look(self, before: object, waited: bool) -> None:  # noqa: FBT001 - whether the last look saw no request
         if self.transport.is_closing():
             return
-        waits = self.conn.their_state is h11.IDLE
+        cycle: RequestResponseCycle | None = self.cycle  # uvicorn says that it is never None, and begins with None
+        waits = cycle is None or cycle.response_complete
         if waits and waited and self.cycle is before:
             self.transport.close()
         else:
@@ -69,7 +93,6 @@ def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
         timeout_graceful_shutdown=GRACE_S,
         limit_concurrency=CONNECTIONS,
         backlog=BACKLOG,
-        h11_max_incomplete_event_size=MAX_HEAD,
         ssl_certfile=None if tls is None else settings.path(tls.certificate),
         ssl_keyfile=None if tls is None else str(settings.path(tls.key)),
     )
