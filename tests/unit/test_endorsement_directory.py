@@ -254,3 +254,38 @@ def test_no_bytes_make_it_stumble(kept: EndorsementDirectory, raw: bytes, report
     with pytest.raises(KagimoriError):
         kept.add(raw)
     assert not kept.find(report, raw).revocation_lists
+
+
+# Files that are read once
+
+
+def test_a_kept_file_is_read_once(
+    root: AmdRoot, kept: EndorsementDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verifier looks for each report; the files stay the same for months."""
+    machine = SnpMachine(root, chip_id=CHIP)
+    kept.add(machine.certificate_table())
+    report = machine.report(DATA, 0)
+    first = kept.find(report, b"")
+    monkeypatch.setattr(Path, "read_bytes", None)
+    assert kept.find(report, b"") == first
+
+
+def test_what_the_owner_changes_while_the_verifier_runs_is_seen(
+    root: AmdRoot, kept: EndorsementDirectory, tmp_path: Path
+) -> None:
+    """A revocation list that is imported, a file that is removed, and one that somebody edits in its place."""
+    machine = SnpMachine(root, chip_id=CHIP)
+    kept.add(machine.certificate_table())
+    report = machine.report(DATA, 0)
+    assert len(kept.find(report, b"").certificates) == 3
+    assert not kept.find(report, b"").revocation_lists
+    EndorsementDirectory(kept._root).add(root.crl())
+    assert len(kept.find(report, b"").revocation_lists) == 1
+    (vcek,) = (kept._root / "vcek").rglob("*.der")
+    edited = vcek.read_bytes()[:-1] + b"\x00"
+    with vcek.open("r+b") as file:
+        file.write(edited)
+    assert edited in kept.find(report, b"").certificates
+    vcek.unlink()
+    assert len(kept.find(report, b"").certificates) == 2
