@@ -40,11 +40,11 @@ def legacy(pcr: int, kind: int, data: bytes, sha1: bytes | None = None) -> bytes
     return struct.pack("<II20sI", pcr, kind, digest("sha1", data) if sha1 is None else sha1, len(data)) + data
 
 
-def header(banks: Sequence[str] = ("sha256",)) -> bytes:
+def header(banks: Sequence[str] = ("sha256",), pcr: int = 0) -> bytes:
     """Write a TCG_EfiSpecIdEvent."""
     data = b"Spec ID Event03\0" + struct.pack("<IBBBBI", 0, 0, 2, 0, 2, len(banks))
     data += b"".join(struct.pack("<HH", IDS.get(bank, 0x12), len(digest(bank, b""))) for bank in banks)
-    return legacy(0, NO_ACTION, data + b"\0", bytes(20))
+    return legacy(pcr, NO_ACTION, data + b"\0", bytes(20))
 
 
 def event(pcr: int, kind: int, data: bytes, banks: Sequence[str] = ("sha256",)) -> bytes:
@@ -253,6 +253,22 @@ def test_the_padded_log_of_a_tdx_guest_is_read(padding: bytes, agile: bool, repl
     )
     assert f"{len(padding)} bytes after the last event are padding" in told["notes"]
     assert any("a verifier refuses a boot with such a log" in note for note in told["notes"])
+
+
+def test_a_header_for_a_measurement_register_begins_the_log_of_a_tdx_guest(replay: Replay) -> None:
+    """EDK2 writes it so, as PCR 0 of a TPM corresponds to register 1 there; the pipeline does not take it."""
+    banks = ("sha384",)
+    log = header(banks, pcr=1) + event(1, IPL, b"td", banks) + event(3, IPL, b"os", banks) + b"\xff" * 4096
+    told = replay.holds(log, {"1": extended("sha384", b"td"), "2": "00" * 48, "3": extended("sha384", b"os")})
+    assert "a log of a TDX guest: PCR n stands for RTMR n-1" in told["notes"]
+    told = replay.holds(log, {"0": "aa" * 48, "1": extended("sha384", b"td"), "4": "bb" * 48})
+    assert told["unexplained"] == {"sha384": [0, 4]}  # MRTD, and RTMR 3, which is the operating system's
+    replay.fails(
+        "eventlog.replay: expected PCR 2 (sha384)", log, {"1": extended("sha384", b"td"), "2": "cc" * 48}
+    )
+    with pytest.raises(NotAuthentic):
+        eventlog.parse(log.rstrip(b"\xff"))
+    replay.fails("eventlog.layout: ", header(banks, pcr=2) + event(1, IPL, b"td", banks))
 
 
 @pytest.mark.parametrize(

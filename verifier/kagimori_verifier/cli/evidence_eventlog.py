@@ -113,6 +113,8 @@ def _notes(foreign: ForeignLog) -> list[str]:
         notes.append(
             f"PCR 0 starts with {foreign.log.startup_locality}: the TPM was started at that locality"
         )
+    if foreign.of_registers:
+        notes.append("a log of a TDX guest: PCR n stands for RTMR n-1")
     if foreign.padding:
         notes.append(f"{foreign.padding} bytes after the last event are padding")
     if foreign.unmeasured:
@@ -130,7 +132,6 @@ def _open_notes(foreign: ForeignLog, given: Banks | None) -> list[str]:
     notes = []
     if given is not None and set(given) == {"sha1"}:
         notes.append("only SHA-1 values were compared, and collisions of SHA-1 can be made")
-    logged = {event.pcr for event in foreign.log.events if event.type != EV_NO_ACTION}
     for bank, values in (given or {}).items():
         if bank not in foreign.banks:
             continue
@@ -138,7 +139,7 @@ def _open_notes(foreign: ForeignLog, given: Banks | None) -> list[str]:
             notes.append(
                 f"not compared: PCR {pcr_values.numbers(open_pcrs)} ({bank}), which the operating system extended without this log"
             )
-        if missing := sorted(logged - set(values)):
+        if missing := foreign.logged - set(values):
             notes.append(f"not compared: PCR {pcr_values.numbers(missing)} ({bank}), which were not given")
     return notes
 

@@ -3,10 +3,9 @@
 Beyond ``verify.eventlog``, a log may have what firmware and operating systems are known to add:
 
 - padding after its last event, all zeros or all ones (the area behind an ACPI CCEL table is padded so),
-- events for PCR 0xFFFFFFFF, which extend nothing (Windows ends its logs with such).
-
-In the log of a TDX guest (CCEL) the index of a PCR means a measurement register: 1 is RTMR 0, 2 is RTMR 1, and so
-on. It replays like a TPM's.
+- events for PCR 0xFFFFFFFF, which extend nothing (Windows ends its logs with such),
+- a header for PCR 1: so begins the log of a TDX guest (CCEL), where the index of a PCR means a measurement register.
+  1 is RTMR 0, 2 is RTMR 1, and so on; they start at zero, and are replayed like PCRs (UEFI 2.10, section 38.4.1).
 """
 
 from __future__ import annotations
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
     from kagimori_verifier.verify.eventlog import PcrValues
 
 NO_PCR: Final = 0xFFFFFFFF
+REGISTER_HEADER: Final = 1
+"""What the header of a log of measurement registers is for."""
+
 LEAST_PADDING: Final = 8
 """Bytes. Fewer equal bytes can be the head of an event that was cut off: its PCR, and half of its type."""
 
@@ -42,6 +44,9 @@ OPEN_PCRS: Final = frozenset({10, 11, 12, 13, *range(15, 24)})
 """PCRs that an operating system extends without the firmware's log: IMA (10), systemd and snaps (11 to 13, 15), CEL
 (13), debugging (16), dynamic launch (17 to 22), applications (23). Where the log has no event of one, it says nothing
 about it."""
+
+_OPEN_REGISTERS: Final = frozenset({0, *range(4, 24)})
+"""MRTD, which the log does not extend, and RTMR 3, which is the operating system's."""
 
 _HEAD_SIZE: Final = 32  # TCG_PCR_EVENT: pcrIndex, eventType, a SHA-1 digest, eventSize
 _EBS_PCR: Final = 5
@@ -66,9 +71,27 @@ class ForeignLog:
         """Name the banks that can be replayed."""
         return tuple(bank for bank in self.log.algorithms if bank in HASHES)
 
+    @property
+    def of_registers(self) -> bool:
+        """Tell whether the log's indices are those of measurement registers, by its header."""
+        header = self.log.events[0] if self.log.events else None
+        return header is not None and header.type == eventlog.EV_NO_ACTION and header.pcr == REGISTER_HEADER
+
+    @property
+    def open_pcrs(self) -> frozenset[int]:
+        """Name the PCRs that move without the log; those that it has an event of are compared all the same."""
+        return (_OPEN_REGISTERS if self.of_registers else OPEN_PCRS) - self.logged
+
+    @property
+    def logged(self) -> frozenset[int]:
+        """Name the PCRs that the log extends."""
+        return frozenset(event.pcr for event in self.log.events if event.type != eventlog.EV_NO_ACTION)
+
 
 class _Foreign(Dialect):
-    """Allows padding, and events for no PCR."""
+    """Allows padding, events for no PCR, and the header of a log of measurement registers."""
+
+    header_pcrs = frozenset({0, REGISTER_HEADER})
 
     def __init__(self, raw: bytes) -> None:
         """Find where padding could begin; it begins at an event's end, or not at all."""
@@ -131,12 +154,8 @@ def replay(trail: Trail, foreign: ForeignLog, given: Banks | None) -> dict[str, 
 
 def unexplained(foreign: ForeignLog, given: Mapping[int, bytes], bank: str) -> tuple[int, ...]:
     """Name the open PCRs that have another value than at start-up, though the log has no event of them."""
-    logged, start = _logged(foreign), _start(foreign, bank)
-    return tuple(
-        pcr
-        for pcr in sorted(given)
-        if pcr in OPEN_PCRS and pcr not in logged and given[pcr] != start.pcr(pcr)
-    )
+    start = _start(foreign, bank)
+    return tuple(pcr for pcr in sorted(given) if pcr in foreign.open_pcrs and given[pcr] != start.pcr(pcr))
 
 
 def _start(foreign: ForeignLog, bank: str) -> PcrValues:
@@ -154,8 +173,8 @@ def _compare(
         error = no_bank(bank, foreign.log.algorithms)
         trail.note("eventlog.bank", False, expected=str(error.expected), found=str(error.found))  # noqa: FBT003 - it lacks
         return
-    logged = _logged(foreign)
-    governed = {pcr: digest for pcr, digest in given.items() if pcr in logged or pcr not in OPEN_PCRS}
+    logged = foreign.logged
+    governed = {pcr: digest for pcr, digest in given.items() if pcr not in foreign.open_pcrs}
     trail.note(
         "eventlog.pcrs",
         bool(governed.keys() & logged),
@@ -175,7 +194,7 @@ def _compare(
 
 def _hint(foreign: ForeignLog, bank: str, pcr: int, expected: bytes) -> str:
     """Name the trouble with a PCR where it is a known one."""
-    if pcr not in _logged(foreign):
+    if pcr not in foreign.logged:
         return ": the log has no event of it"
     if pcr == _EBS_PCR:
         extends = [eventlog.UserspaceExtend(pcr, HASHES[bank](text).digest(), text.decode()) for text in _EBS]
@@ -184,10 +203,6 @@ def _hint(foreign: ForeignLog, bank: str, pcr: int, expected: bytes) -> str:
                 ": what is missing are the two ExitBootServices events, which firmware or kernel did not log"
             )
     return ""
-
-
-def _logged(foreign: ForeignLog) -> set[int]:
-    return {event.pcr for event in foreign.log.events if event.type != eventlog.EV_NO_ACTION}
 
 
 def _refusal(raw: bytes) -> str | None:

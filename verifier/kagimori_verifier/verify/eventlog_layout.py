@@ -13,7 +13,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from kagimori_protocol.errors import NotAuthentic
 
@@ -108,6 +108,9 @@ class EventLog:
 class Dialect:
     """What a log may have beyond its profile: nothing. ``examine`` knows logs that may have more, the pipeline none."""
 
+    header_pcrs: ClassVar[frozenset[int]] = frozenset({0})
+    """What the header may say it is for; it extends nothing."""
+
     def ends(self, raw: bytes, offset: int) -> bool:
         """Tell whether the log ends at ``offset``, where an event has ended."""
         return offset >= len(raw)
@@ -144,7 +147,7 @@ def read(raw: bytes, dialect: Dialect) -> EventLog:
     first, offset = _legacy_event(raw, 0, 0, dialect)
     events = [first]
     if first.data.startswith(_SPEC_ID_03):
-        promised = _spec_id(first)
+        promised = _spec_id(first, dialect)
         carried: frozenset[str] | None = None
         while not dialect.ends(raw, offset):
             start = offset
@@ -241,10 +244,10 @@ def _require_banks(event: Event, carried: frozenset[str] | None, offset: int) ->
     return banks
 
 
-def _spec_id(header: Event) -> dict[int, _Algorithm]:
+def _spec_id(header: Event, dialect: Dialect) -> dict[int, _Algorithm]:
     """Read TCG_EfiSpecIdEvent; return the log's algorithms by TPM_ALG_ID, in the header's order."""
     at, data = _LEGACY_HEAD.size, header.data
-    if header.pcr != 0 or header.type != EV_NO_ACTION or any(header.digests["sha1"]):
+    if header.pcr not in dialect.header_pcrs or header.type != EV_NO_ACTION or any(header.digests["sha1"]):
         raise _layout(
             "An event log's header is not one.",
             0,
