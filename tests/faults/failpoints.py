@@ -29,6 +29,7 @@ from kagimori_verifier.keystore.kek import FileKek
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.service import Service
 from kagimori_verifier.store import sqlite
+from kagimori_verifier.store.turns import Turns
 
 _TABLE = re.compile(r"\b(?:FROM|INTO|UPDATE|TABLE|INDEX|TRIGGER)\s+\"?(\w+)", re.IGNORECASE)
 
@@ -118,6 +119,7 @@ def _watch_database(points: Points) -> None:
             )
 
     event.listen(Engine, "before_cursor_execute", before_statement)
+    points.around(Turns, "_take", "a turn to write is taken")
     for name in ("do_commit", "do_rollback"):
         _watch_end(points, name, writing)
 

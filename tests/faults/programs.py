@@ -55,6 +55,15 @@ class Program:
         self.send(signal.SIGKILL)
         return self.wait()
 
+    def told(self) -> Any:  # noqa: ANN401 - whatever JSON can hold
+        """Wait until it has printed the one JSON value that it prints, whether or not it has ended."""
+        until = time.monotonic() + WAIT_S
+        while True:
+            with contextlib.suppress(json.JSONDecodeError):
+                return self.json
+            assert time.monotonic() < until, self.stderr.read_text()
+            time.sleep(POLL_S)
+
     @property
     def json(self) -> Any:  # noqa: ANN401 - whatever JSON can hold
         """Give the one JSON value on stdout."""
@@ -123,7 +132,7 @@ class Launcher:
         arguments = ("--json", "--config", directory / "verifier.toml", "serve")
         program = self.start("verifier", *arguments, **failpoints)
         try:
-            yield self._url(program), program
+            yield program.told()["url"], program
         finally:
             program.end()
 
@@ -137,12 +146,3 @@ class Launcher:
         assert self.process.stdout is not None
         answer: dict[str, int] = json.loads(self.process.stdout.readline())
         return answer
-
-    @staticmethod
-    def _url(program: Program) -> str:
-        until = time.monotonic() + WAIT_S
-        while not (line := program.stdout.read_text()).endswith("\n"):
-            assert time.monotonic() < until, program.stderr.read_text()
-            time.sleep(POLL_S)
-        url: str = json.loads(line)["url"]
-        return url
