@@ -26,7 +26,8 @@ VERIFIER_AT: Final = "10.0.2.100:8117"
 PHASES: Final = (
     ("kernel", r"\] Linux version "),
     ("initramfs", r"Run /init as init process"),
-    ("agent", r"kagimori-agent: "),
+    ("unlock", r"kagimori: asking"),
+    ("answer", r"kagimori-agent: evidence collected"),
     ("opened", r"kagimori-agent: \S+: mapped"),
     ("root", r"guest: root reached"),
     ("done", r"guest: done"),

@@ -289,9 +289,9 @@ def test_however_the_agent_ends_its_log_is_kept_and_the_boot_goes_on_only_if_it_
     (stage.root / "etc/boot.conf").write_text(f"on_failure={setting}\n" if setting else "")
     done = subprocess.run(["sh", str(path)], check=False, capture_output=True, text=True, timeout=20)
     assert [call for call in stage.called() if call.startswith("cap")] == calls
-    assert done.returncode == (1 if setting == "shell" else 0)
+    assert done.returncode == (10 if setting == "shell" else 0)
     assert (stage.root / "run/kagimori/log").read_text().startswith("said\n")
-    assert done.stderr.startswith("said\n")
+    assert "said\n" in done.stderr
     assert (stage.root / "run/kagimori").stat().st_mode & 0o777 == 0o700
     assert [call for call in stage.called() if call.startswith("network")] == ["network up", "network down"]
 
@@ -332,3 +332,31 @@ def test_each_script_names_who_runs_it_and_when() -> None:
         assert head.startswith("#!/bin/sh\n# "), path
         assert re.search(r"\bRuns? (?:as|by)\b", head), path
         assert os.access(path, os.X_OK), path
+
+
+@pytest.mark.parametrize(
+    ("code", "calls"),
+    [
+        (0, ["unlock "]),
+        (10, ["unlock ", "panic", "cap off"]),
+        (1, ["unlock ", "cap off"]),
+        (137, ["unlock ", "cap off"]),
+    ],
+)
+def test_what_follows_a_failed_unlock_is_no_further_boot(stage: Stage, code: int, calls: list[str]) -> None:
+    """Init would go on to cryptroot's prompt; only for "shell" comes a shell, and power off when it is left."""
+    text = (ROOM / "scripts/init-premount").read_text()
+    functions = stage.root / "functions"
+    functions.write_text(f'panic() {{ echo "panic" >>{stage.calls}; }}\n')
+    for before, after in (
+        ("/usr/lib/kagimori/boot", "bin"),
+        ("/usr/bin/kagimori-agent", "bin/kagimori-agent"),
+        ("/scripts/functions", "functions"),
+    ):
+        text = text.replace(before, str(stage.root / after))
+    stage.program("kagimori-agent")
+    stage.program("cap")
+    stage.program("unlock", f"[ {code} -lt 128 ] || kill -KILL $$; exit {code}")
+    done = subprocess.run(["sh", "-c", text], check=False, capture_output=True, timeout=20)
+    assert done.returncode == 0
+    assert stage.called() == calls
