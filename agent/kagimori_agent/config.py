@@ -137,8 +137,8 @@ class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Config(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All of agent.toml. ``kind`` is a hint only; without volumes, nothing but a dry-run makes sense.
 
-    ``report_door`` is where reports are asked for: "auto" is configfs-tsm where it exists, else sev-guest. A report of kind
-    ``svsm-vtpm`` comes through configfs-tsm only; sev-guest then serves certificates, where the SVSM passes none on.
+    ``report_door`` is where reports come from: "auto" is configfs-tsm where it exists, else sev-guest. For ``svsm-vtpm`` it
+    is always the former; sev-guest then serves certificates, where the SVSM passes none on.
     """
 
     vm_id: VmId
@@ -349,11 +349,8 @@ def _require_absolute_paths(config: Config) -> None:
 def _require_sense(config: Config) -> None:
     tpm, limits = config.tpm, config.limits
     if config.kind == "svsm-vtpm" and config.report_door == "sev-guest":
-        raise _wrong(
-            "config.report-door",
-            'report_door "auto" or "configfs-tsm" for kind svsm-vtpm: only there an SVSM can be asked',
-            "sev-guest",
-        )
+        expected = "report_door of kind svsm-vtpm as auto or configfs-tsm: only there an SVSM can be asked"
+        raise _wrong("config.report-door", expected, config.report_door)
     if (tpm.tcti is None) != (tpm.event_log is None):
         raise _wrong("config.tcti", "tpm.tcti and tpm.event_log together, or neither", "only one of them")
     if not limits.connect_s <= limits.attempt_s <= limits.boot_budget_s:

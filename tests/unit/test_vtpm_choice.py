@@ -273,7 +273,18 @@ def test_a_pcr_that_can_be_reset_holds_no_cap(pcr: int) -> None:
     assert caught.value.code == "cap.pcr"
 
 
-@pytest.mark.parametrize("module", ["cap", "devices", "devices.configfs_tsm", "devices.tpm_places"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "cap",
+        "devices",
+        "devices.configfs_tsm",
+        "devices.doors",
+        "devices.report",
+        "devices.sev_guest",
+        "devices.tpm_places",
+    ],
+)
 def test_doors_that_are_not_opened_cost_nothing(module: str) -> None:
     """The import budgets of the docstrings hold: no TPM library, no cryptography, no msgspec, no network."""
     code = (
