@@ -273,6 +273,21 @@ def test_what_proverif_says_is_read_to_the_end() -> None:
         gen.results(said[: said.rindex("RESULT")])
 
 
+def test_each_variant_is_run_as_itself_and_its_results_keep_its_name(tmp_path: Path) -> None:
+    """With a program in ProVerif's place, which says "false" of everything where VMPL is not looked at."""
+    proverif = tmp_path / "proverif"
+    lines = "".join(f"echo RESULT query {query} is $verdict.\n" for query in gen.QUERIES)
+    proverif.write_text(f'#!/bin/sh\ngrep -q "DROPPED: VMPL" "$1" && verdict=false || verdict=true\n{lines}')
+    proverif.chmod(0o755)
+    given = gen.run(["no_vmpl", gen.DESIGN, "no_cap"], str(proverif))
+    assert {name: set(one.values()) for name, one in given.items()} == {
+        "no_vmpl": {"false"},
+        gen.DESIGN: {"true"},
+        "no_cap": {"true"},
+    }
+    assert gen.table(given).splitlines()[2].startswith("| no_vmpl | false | ")
+
+
 @pytest.mark.slow
 def test_proverif_says_what_the_table_says() -> None:
     """Where ProVerif is installed, every row is run; the design's reachability queries must be false, too."""
