@@ -162,6 +162,22 @@ def vcek_by(machine: SnpMachine, *, common_name: str = "SEV-VCEK", providers: bo
     }
 
 
+def vlek_with_a_chip(machine: SnpMachine) -> None:
+    """T7: a provider's certificate that names a chip as well: neither AMD nor a provider has such a key."""
+    machine.signer = "vlek"
+    root = machine.root
+    key = ec.generate_private_key(ec.SECP384R1())
+    extensions = [
+        *root._tcb_extensions("Milan", machine.reported_tcb),
+        (f"{simulated_amd._AMD_OID}.4", machine.chip_id),
+        (f"{simulated_amd._AMD_OID}.5", simulated_amd._ia5(machine.csp_id)),
+    ]
+    forged = Vek(root._issue_vek("SEV-VLEK", root.asvk, key, extensions, None), key)
+    machine.impostor = forged
+    machine.certificates = machine.chain() | {certificate_table.VLEK: forged.certificate_der}
+    machine.overrides["chip_id"] = machine.chip_id
+
+
 def remove_lists(office: Owner) -> None:
     """Take the revocation list out of the verifier's cache."""
     for path in (office.directory / "endorsements" / "crl").iterdir():

@@ -84,6 +84,12 @@ def a_chips_own_key(scene: Scene) -> None:
     scene.office.change_policy(scene.profile, signers=["vlek"], csp_ids=[DEFAULT_CSP_ID], any_chip=True)
 
 
+def a_providers_key_with_a_chip(scene: Scene) -> None:
+    """The owner trusts this provider; the certificate is of a make that nobody has."""
+    scene.office.change_policy(scene.profile, signers=["vlek"], csp_ids=[DEFAULT_CSP_ID], any_chip=True)
+    lies.vlek_with_a_chip(scene.machine)
+
+
 def old_list(scene: Scene) -> None:
     """The host plays a list from before AMD revoked anything; the owner wants a current one where there is one."""
     lies.remove_lists(scene.office)
@@ -194,6 +200,12 @@ STORIES: tuple[Story, ...] = (
         ("signer.provider",),
         ask_as_the_vm_does,
         prepare=another_providers_machine,
+    ),
+    Story(
+        "T7: a provider's certificate that names a chip",
+        ("endorsement.chip",),
+        ask_as_the_vm_does,
+        prepare=a_providers_key_with_a_chip,
     ),
     Story(
         "T13: a chip's own key where only a provider's counts",
