@@ -99,6 +99,8 @@ def code_of(error: Exception) -> str | None:
         ("network.tls", (urllib3.exceptions.SSLError, requests.exceptions.SSLError)),
         ("network.closed", (http.client.IncompleteRead, http.client.RemoteDisconnected)),
         ("network.http", (http.client.HTTPException, urllib3.exceptions.ProtocolError)),
+        # A ValueError too, but of a header of the answer's.
+        ("network.http", (urllib3.exceptions.InvalidHeader, requests.exceptions.InvalidHeader)),
         ("network.url", (requests.exceptions.InvalidURL, urllib3.exceptions.LocationValueError, ValueError)),
         ("network.http", (requests.RequestException, urllib3.exceptions.HTTPError, OSError)),
     )

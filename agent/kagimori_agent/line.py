@@ -122,6 +122,15 @@ class Line:
             self._result.put(_fetch(self, request))
         except Exception as error:  # noqa: BLE001 - sorted, or raised again, in the thread that waits
             self._result.put(error)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Close the connection, also where a library stumbled over an answer and its objects still hold it."""
+        with self._lock:
+            if self._socket is not None:
+                with contextlib.suppress(OSError):  # closed already
+                    os.close(self._socket.detach())
 
 
 def _fetch(line: Line, request: Request) -> Received:
