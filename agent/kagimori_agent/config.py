@@ -24,6 +24,9 @@ from kagimori_protocol.errors import ImageError
 from kagimori_protocol.messages import Kind, Uuid, VmId
 
 DEFAULT_PATH: Final = Path("/etc/kagimori/agent.toml")
+MAX_DOTS: Final = (
+    2000  # tomllib takes time with the square of a dotted key's parts; hosts and paths have hundreds
+)
 MAX_BYTES: Final = 64 << 10
 """Largest agent.toml in bytes: 8 verifiers and 16 volumes take about 4 KiB."""
 
@@ -173,8 +176,8 @@ def load(path: Path = DEFAULT_PATH) -> Config:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise _wrong("config.read", f"a file {path} that can be read", str(error.strerror)) from error
-    if len(data) > MAX_BYTES:
-        raise _wrong("config.size", f"at most {MAX_BYTES} bytes", "more")
+    if len(data) > MAX_BYTES or data.count(b".") > MAX_DOTS:
+        raise _wrong("config.size", f"at most {MAX_BYTES} bytes and {MAX_DOTS} dots", "more")
     try:
         content = tomllib.loads(data.decode())
     except (

@@ -127,7 +127,8 @@ def test_any_value_of_any_key_is_read_as_what_it_says_or_refused(
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 60_000, "a." * 2000 + "b=1", "x = " + "[" * 5000, 'a="' + "\\u0041" * 9000]
+    "text",
+    ["[" * 60_000, "a." * 30_000 + "b=1", "a." * 1999 + "b=1", "x = " + "[" * 5000, 'a="' + "\\u0041" * 9000],
 )
 def test_a_file_as_large_as_may_be_is_no_way_out(place: Path, text: str) -> None:
     """Depth is refused, or read; it is never a RecursionError."""

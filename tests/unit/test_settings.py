@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             settings.load(path)
         assert caught.value.code == "settings.read"
         assert str(path) in caught.value.what
+
+
+@pytest.mark.parametrize("parts", [1900, 30_000])
+def test_a_key_of_thousands_of_parts_is_refused_at_once(tmp_path: Path, parts: int) -> None:
+    """Reading it takes time with the square of its parts: half a minute for a file that is just small enough."""
+    started = time.process_time()
+    refused(tmp_path, "a." * parts + "b = 1")
+    assert time.process_time() - started < 3

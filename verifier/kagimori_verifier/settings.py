@@ -15,6 +15,8 @@ from kagimori_verifier.keystore.kek import CredentialKek, FileKek, KekProvider
 
 DEFAULT_PATH: Final = Path("/etc/kagimori/verifier.toml")
 MAX_BYTES: Final = 64 << 10
+MAX_DOTS: Final = 2000
+"""tomllib takes time with the square of a dotted key's parts; names and paths need a few hundred."""
 """Largest verifier.toml in bytes."""
 _SQLITE: Final = "sqlite:///"
 
@@ -105,6 +107,8 @@ def load(path: Path) -> Settings:
         raise _wrong(path, "a file that can be read", str(error.strerror), "settings.read") from error
     if len(raw) > MAX_BYTES:
         raise _wrong(path, f"at most {MAX_BYTES} bytes", "more", "settings.toml")
+    if raw.count(b".") > MAX_DOTS:
+        raise _wrong(path, f"at most {MAX_DOTS} dots", "more", "settings.toml")
     try:
         content = tomllib.loads(raw.decode())
     except (
