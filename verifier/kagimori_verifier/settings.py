@@ -15,9 +15,9 @@ from kagimori_verifier.keystore.kek import CredentialKek, FileKek, KekProvider
 
 DEFAULT_PATH: Final = Path("/etc/kagimori/verifier.toml")
 MAX_BYTES: Final = 64 << 10
+"""Largest verifier.toml in bytes."""
 MAX_DOTS: Final = 2000
 """tomllib takes time with the square of a dotted key's parts; names and paths need a few hundred."""
-"""Largest verifier.toml in bytes."""
 _SQLITE: Final = "sqlite:///"
 
 Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f]+\Z")]
