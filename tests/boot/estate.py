@@ -130,11 +130,10 @@ class Site:
         """Give the checks of a session, as the owner sees them."""
         return self.commands.explain(session)
 
-    def ledger(self) -> list[dict[str, Any]]:
-        """Give the ledger's lines, oldest first, having verified its chain."""
+    def events(self) -> list[str]:
+        """Name what the ledger tells of, newest first, having verified its chain."""
         self.verifier("ledger", "verify")
-        listed: list[dict[str, Any]] = self.verifier("ledger", "list", "--json").json()["entries"]
-        return listed
+        return [line["event"] for line in self.verifier("ledger", "list", "--json").json()]
 
 
 def session_in(lines: list[str]) -> str:

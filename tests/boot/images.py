@@ -260,7 +260,7 @@ def _build_volume(to: Path, debian: Path) -> None:
             target = tree / library.relative_to("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(debian / library.relative_to("/"), target)
-    for applet in ("cat", "poweroff", "sed"):
+    for applet in ("cat", "poweroff", "sed", "sh"):
         (tree / "bin" / applet).symlink_to("busybox")
     _install(GUEST / "init", tree / "sbin/init")
     (tree / "secret").write_text(SECRET, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,9 @@ def test_every_library_that_was_in_memory_is_carried(loaded: Loaded) -> None:
     """Also those that a library opened by itself, but for the door to a TPM that is no hardware."""
     record = footprint_record.load()
     modules = footprint_modules.files([*footprint_modules.own(), *record.packages, *record.stdlib])
-    python = next(path for path in loaded.mapped if path.name.startswith("libtss2-esys"))
+    python = Path(sys.executable).resolve()
     opened = footprint_libraries.opened({name: why for part in PARTS for name, why in part.libraries}, python)
-    carried = [path.resolve() for path in (*modules.values(), *opened)]
+    carried = [python, *(path.resolve() for path in (*modules.values(), *opened))]
     carried += [path.resolve() for path in footprint_libraries.linked(carried)]
     missing = {path for path in loaded.mapped if path.resolve() not in set(carried)}
     assert {path for path in missing if not path.name.startswith(SIMULATED_ONLY)} == set()
