@@ -54,7 +54,7 @@ def test_a_changed_command_line_is_refused_with_its_reason(site: Site) -> None:
 def test_a_verifier_that_is_away_is_waited_for(site: Site) -> None:
     """A verifier that restarts while a machine boots costs seconds, not the boot."""
     with site.booted(None) as machine:
-        machine.wait_for("Trying again|no answer", BOOT_S)
+        machine.wait_for("no verifier answers, try 3", BOOT_S)
         with site.serving() as served:
             machine.connect_verifier(served.url)
             machine.wait_for("guest: root reached", BOOT_S)
