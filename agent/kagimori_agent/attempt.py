@@ -81,13 +81,15 @@ def attest(
     ImageError and HardwareError.
     """
     backoff = Backoff(config.limits.backoff_min_s, config.limits.backoff_max_s)
+    last: NetworkError | None = None
     while True:
         try:
             return _attempt(config, attester, purpose, budget, say)
         except NetworkError as error:
             if error.code == "budget.spent":
-                raise
+                raise _spent(budget, error, last) from None
             budget.require(error)
+            last = error
             wait_s = min(backoff.next_s(), budget.remaining_s())
             say(f"{error.what} Trying again in {wait_s:.0f} s.")
             time.sleep(wait_s)
@@ -207,7 +209,7 @@ def _answer(
                 return one, _ask(one, evidence, limits, budget, say)
             except KagimoriError as error:
                 if error.code == "budget.spent":
-                    raise
+                    raise _spent(budget, error, _worst(errors) if errors else None) from None
                 errors.append(error)
                 if isinstance(error, NetworkError) and not isinstance(error, _StaleError):
                     away.append(one)
@@ -284,6 +286,11 @@ def _no(endpoint: Endpoint, message: object) -> KagimoriError:
         found=message.code,
         todo=f"The owner sees the reason: {explain}.",
     )
+
+
+def _spent(budget: Budget, error: KagimoriError, last: KagimoriError | None) -> KagimoriError:
+    """Tell what failed until the time was over, which whoever noticed its end may not know."""
+    return error if error.__cause__ is not None or last is None else budget.spent(last)
 
 
 def _worst(errors: list[KagimoriError]) -> KagimoriError:

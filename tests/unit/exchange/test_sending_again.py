@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,8 @@ DENIAL = messages.encode(messages.Denial(version=1, session=b"token", code="not-
 STALE = messages.encode(messages.Denial(version=1, session=b"token", code="stale-session"))
 LOST = None
 """In place of a reply."""
+LATE = b""
+"""In place of a reply: the time of the boot is over before the question is asked."""
 
 
 class _Verifiers:
@@ -46,6 +49,8 @@ class _Verifiers:
     def post(self, endpoint: Endpoint, _path: str, body: bytes, **_: object) -> Reply:
         self.asked.append((endpoint.name, body))
         reply = next(self._replies[endpoint.name])
+        if reply is LATE:
+            raise Budget(0).spent()
         if reply is LOST:
             raise NetworkError(f"{endpoint.name}: no answer in time.", code="network.timeout")
         return Reply(reply, bytes(32), "http://verifier", 200)
@@ -108,3 +113,31 @@ def test_nothing_is_sent_again_after_the_budget(monkeypatch: pytest.MonkeyPatch)
     verifiers = _Verifiers(home=[LOST])
     assert isinstance(_answer(monkeypatch, verifiers, budget_s=0), NetworkError)
     assert len(verifiers.asked) == 1
+
+
+def test_who_runs_out_of_time_is_told_what_failed_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "An answer within 60 s, found: none" would hide the cable that is not plugged in."""
+    error = _answer(monkeypatch, _Verifiers(home=[LOST, LATE]), budget_s=60)
+    assert isinstance(error, NetworkError)
+    assert error.code == "budget.spent"
+    assert "home: no answer in time." in str(error.found)
+    late_at_once = _answer(monkeypatch, _Verifiers(home=[LATE]), budget_s=60)
+    assert isinstance(late_at_once, NetworkError)
+    assert late_at_once.found == "none"
+
+
+def test_the_last_attempt_tells_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time ends where nothing has been asked yet."""
+    ends: Iterator[NetworkError] = iter(
+        [NetworkError("home: no answer in time.", code="network.timeout"), Budget(0).spent()]
+    )
+
+    def fail(*_: object) -> attempt.Answered:
+        raise next(ends)
+
+    monkeypatch.setattr(attempt, "_attempt", fail)
+    config = SimpleNamespace(limits=LIMITS)
+    with pytest.raises(NetworkError) as caught:
+        attempt.attest(config, None, "unlock", Budget(60), lambda _: None)  # type: ignore[arg-type]  # only its limits are read
+    assert caught.value.code == "budget.spent"
+    assert "home: no answer in time." in str(caught.value.found)
