@@ -18,6 +18,7 @@ from sqlalchemy import Row, insert, select, text
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.store import columns
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 from kagimori_verifier.store.schema import ledger
 
 LABEL_LEDGER: Final = b"kagimori/1/ledger"
@@ -28,8 +29,8 @@ _AS_THEY_LIE: Final = text(
 )
 """Without SQLAlchemy's types, which expect what ``append`` wrote: a tampered row may hold anything."""
 
-_LAST: Final = select(ledger.c.seq, ledger.c.hash).order_by(ledger.c.seq.desc()).limit(1)
-_INSERT: Final = insert(ledger)
+_LAST: Final = Prepared(select(ledger.c.seq, ledger.c.hash).order_by(ledger.c.seq.desc()).limit(1))
+_INSERT: Final = Prepared(insert(ledger), ledger.columns.keys())
 
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
@@ -58,12 +59,12 @@ def append(  # noqa: PLR0913 - the columns of a line, by name only
     txn: Txn, *, at_s: int, event: str, vm_id: str | None, session: str | None, body: dict[str, Any]
 ) -> Entry:
     """Write the next line, in the caller's write transaction."""
-    last = txn.execute(_LAST).one_or_none()
-    seq, previous = (1, FIRST_PREVIOUS) if last is None else (last.seq + 1, last.hash)
+    last = txn.row(_LAST)
+    seq, previous = (1, FIRST_PREVIOUS) if last is None else (last["seq"] + 1, last["hash"])
     content = _encode(body)
     line = {"seq": seq, "created": at_s, "event": event, "vm_id": vm_id, "session": session}
     digest = _digest(previous, line, content)
-    txn.execute(_INSERT, line | {"previous": previous, "hash": digest, "body": content.decode()})
+    txn.rows(_INSERT, **line, previous=previous, hash=digest, body=content.decode())
     return Entry(**line, previous=previous, hash=digest, body=body)  # type: ignore[arg-type]  # the values just above
 
 

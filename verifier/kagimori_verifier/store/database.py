@@ -15,7 +15,9 @@ from kagimori_verifier.store import sqlite
 from kagimori_verifier.store.turns import NoTurn, Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
+    from kagimori_verifier.store.prepared import Prepared
 
 MIGRATIONS: Final = Path(__file__).with_name("migrations")
 SCHEMA: Final = "0001"
@@ -49,15 +51,17 @@ class Txn:
         """Keep the connection."""
         self._connection = connection
 
-    def execute(
-        self, statement: Executable, parameters: Mapping[str, object] | None = None
-    ) -> CursorResult[Any]:
-        """Run a statement, with values for its bound parameters.
+    def execute(self, statement: Executable) -> CursorResult[Any]:
+        """Run a statement."""
+        return self._connection.execute(statement)
 
-        What every request runs is made once, as a constant with ``bindparam``: making it costs four times what running
-        it does.
-        """
-        return self._connection.execute(statement, parameters)
+    def rows(self, statement: Prepared, **values: object) -> list[dict[str, Any]]:
+        """Run a prepared statement, with values for its parameters; give its rows, none for one that has none."""
+        return statement.run(self._connection, values)
+
+    def row(self, statement: Prepared, **values: object) -> dict[str, Any] | None:
+        """Give the one row that a prepared statement finds at most, or None."""
+        return next(iter(statement.run(self._connection, values)), None)
 
 
 class Store:

@@ -9,6 +9,7 @@ from sqlalchemy import Row, bindparam, delete, insert, select, update
 
 from kagimori_verifier.store import columns
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 from kagimori_verifier.store.schema import observation
 
 KEPT: Final = 20
@@ -28,46 +29,45 @@ class Observation:
 
 
 _THIS: Final = observation.c.session == bindparam("of")
-_INSERT: Final = insert(observation)
-_GET: Final = select(observation).where(_THIS)
-_CONFIRM: Final = update(observation).where(_THIS).values(confirmed=True)
-_VM_OF: Final = select(observation.c.vm_id).where(_THIS)
+_INSERT: Final = Prepared(insert(observation), observation.columns.keys())
+_CONFIRM: Final = Prepared(update(observation).where(_THIS).values(confirmed=True))
+_VM_OF: Final = Prepared(select(observation.c.vm_id).where(_THIS))
 _SAME: Final = (observation.c.vm_id == bindparam("vm"), observation.c.confirmed.is_(bindparam("proven")))
-_FORGET: Final = delete(observation).where(
-    *_SAME,
-    observation.c.session.not_in(
-        select(observation.c.session).where(*_SAME).order_by(observation.c.created.desc()).limit(KEPT)
-    ),
+_FORGET: Final = Prepared(
+    delete(observation).where(
+        *_SAME,
+        observation.c.session.not_in(
+            select(observation.c.session).where(*_SAME).order_by(observation.c.created.desc()).limit(KEPT)
+        ),
+    )
 )
 
 
 def add(txn: Txn, row: Observation) -> None:
     """Keep an observation, and forget the oldest of its kind beyond what is kept."""
-    txn.execute(
+    txn.rows(
         _INSERT,
-        {
-            "session": row.session,
-            "vm_id": row.vm_id,
-            "profile": row.profile,
-            "created": row.created,
-            "confirmed": row.confirmed,
-            "pcrs": columns.encode(row.pcrs),
-        },
+        session=row.session,
+        vm_id=row.vm_id,
+        profile=row.profile,
+        created=row.created,
+        confirmed=row.confirmed,
+        pcrs=columns.encode(row.pcrs),
     )
     _forget_oldest(txn, row.vm_id, confirmed=row.confirmed)
 
 
 def confirm(txn: Txn, session: str) -> None:
     """A Confirm has verified: the AK behind this observation is proven."""
-    txn.execute(_CONFIRM, {"of": session})
-    vm_id = txn.execute(_VM_OF, {"of": session}).scalar_one_or_none()
-    if vm_id is not None:
-        _forget_oldest(txn, vm_id, confirmed=True)
+    txn.rows(_CONFIRM, of=session)
+    observed = txn.row(_VM_OF, of=session)
+    if observed is not None:
+        _forget_oldest(txn, observed["vm_id"], confirmed=True)
 
 
 def get(txn: Txn, session: str) -> Observation | None:
     """Give the observation of a session, or None."""
-    row = txn.execute(_GET, {"of": session}).one_or_none()
+    row = txn.execute(select(observation).where(observation.c.session == session)).one_or_none()
     return None if row is None else _observation(row)
 
 
@@ -78,7 +78,7 @@ def for_vm(txn: Txn, vm_id: str) -> tuple[Observation, ...]:
 
 
 def _forget_oldest(txn: Txn, vm_id: str, *, confirmed: bool) -> None:
-    txn.execute(_FORGET, {"vm": vm_id, "proven": confirmed})
+    txn.rows(_FORGET, vm=vm_id, proven=confirmed)
 
 
 def _observation(row: Row[Any]) -> Observation:

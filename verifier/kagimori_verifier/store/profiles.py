@@ -9,6 +9,7 @@ from sqlalchemy import bindparam, delete, insert, select, update
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 from kagimori_verifier.store.schema import boot_state, profile, vm
 
 
@@ -21,12 +22,12 @@ class ProfileRow:
     created: int
 
 
-_OF_VM: Final = (
+_OF_VM: Final = Prepared(
     select(profile.c.policy)
     .join(vm, vm.c.profile == profile.c.name)
     .where(vm.c.vm_id == bindparam("of"), vm.c.enabled.is_(True))
 )
-_GET: Final = select(profile).where(profile.c.name == bindparam("of"))
+_GET: Final = Prepared(select(profile).where(profile.c.name == bindparam("of")))
 
 
 def add(txn: Txn, row: ProfileRow) -> None:
@@ -41,19 +42,20 @@ def replace(txn: Txn, name: str, policy: str) -> bool:
 
 def get(txn: Txn, name: str) -> ProfileRow | None:
     """Give a profile, or None."""
-    row = txn.execute(_GET, {"of": name}).one_or_none()
-    return None if row is None else ProfileRow(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    row = txn.row(_GET, of=name)
+    return None if row is None else ProfileRow(**row)
 
 
 def policy_of(txn: Txn, vm_id: str) -> str | None:
     """Give the policy of a VM's profile, or None if the VM is unknown or disabled."""
-    return txn.execute(_OF_VM, {"of": vm_id}).scalar_one_or_none()
+    row = txn.row(_OF_VM, of=vm_id)
+    return None if row is None else row["policy"]
 
 
 def all(txn: Txn) -> tuple[ProfileRow, ...]:  # noqa: A001 - read as profiles.all
     """Give all of them, by name."""
     rows = txn.execute(select(profile).order_by(profile.c.name))
-    return tuple(ProfileRow(**row._mapping) for row in rows)  # noqa: SLF001 - as above
+    return tuple(ProfileRow(**row._mapping) for row in rows)  # noqa: SLF001 - SQLAlchemy's public name for it
 
 
 def remove(txn: Txn, name: str) -> bool:

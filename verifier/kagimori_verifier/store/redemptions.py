@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import Kind, Outcome, Purpose
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 from kagimori_verifier.store.schema import direct_grant, opened_boot, redemption
 
 
@@ -45,51 +46,53 @@ class Redemption:
 
 _COLUMNS: Final = tuple(column.name for column in fields(Redemption))
 _THIS: Final = redemption.c.session_sha256 == bindparam("of")
-_FIND: Final = select(redemption).where(_THIS)
-_INSERT: Final = sa.insert(redemption)
-_STORE_ANSWER: Final = (
+_FIND: Final = Prepared(select(redemption).where(_THIS))
+_INSERT: Final = Prepared(sa.insert(redemption), _COLUMNS)
+_STORE_ANSWER: Final = Prepared(
     update(redemption).where(_THIS).values(answer=bindparam("answer"), confirm_key=bindparam("confirm_key"))
 )
-_SET_OUTCOME: Final = update(redemption).where(_THIS).values(outcome=bindparam("outcome"))
-_PURGE: Final = (
+_SET_OUTCOME: Final = Prepared(update(redemption).where(_THIS).values(outcome=bindparam("outcome")))
+_PURGE: Final = Prepared(
     update(redemption)
     .where(redemption.c.expires < bindparam("now"), redemption.c.answer.is_not(None))
     .values(answer=None)
 )
 _FIRST: Final = {
-    table.name: select(table.c.session_sha256).where(table.c.report_id == bindparam("of")).limit(1)
+    table.name: Prepared(select(table.c.session_sha256).where(table.c.report_id == bindparam("of")).limit(1))
     for table in (direct_grant, opened_boot)
 }
-_INSERT_FIRST: Final = {table.name: sa.insert(table) for table in (direct_grant, opened_boot)}
+_INSERT_FIRST: Final = {
+    table.name: Prepared(sa.insert(table), table.columns.keys()) for table in (direct_grant, opened_boot)
+}
 
 
 def find(txn: Txn, session_sha256: bytes) -> Redemption | None:
     """Give what a session was used for, or None."""
-    row = txn.execute(_FIND, {"of": session_sha256}).one_or_none()
-    return None if row is None else Redemption(**row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for it
+    row = txn.row(_FIND, of=session_sha256)
+    return None if row is None else Redemption(**row)
 
 
 def insert(txn: Txn, row: Redemption) -> None:
     """Use a session. Raises AlreadyRedeemed if another transaction was first."""
     try:
-        txn.execute(_INSERT, {name: getattr(row, name) for name in _COLUMNS})
+        txn.rows(_INSERT, **{name: getattr(row, name) for name in _COLUMNS})
     except IntegrityError as error:
         raise AlreadyRedeemed("A session was used twice at once.", expected="one use", found="two") from error
 
 
 def store_answer(txn: Txn, session_sha256: bytes, answer: bytes, confirm_key: bytes) -> None:
     """Keep the answer, and its confirm key, wrapped."""
-    txn.execute(_STORE_ANSWER, {"of": session_sha256, "answer": answer, "confirm_key": confirm_key})
+    txn.rows(_STORE_ANSWER, of=session_sha256, answer=answer, confirm_key=confirm_key)
 
 
 def set_outcome(txn: Txn, session_sha256: bytes, outcome: Outcome) -> None:
     """Write down what became of an answer."""
-    txn.execute(_SET_OUTCOME, {"of": session_sha256, "outcome": outcome})
+    txn.rows(_SET_OUTCOME, of=session_sha256, outcome=outcome)
 
 
 def purge_answers(txn: Txn, now_s: int) -> None:
     """Drop the answers of sessions that have expired: nobody can ask for them again."""
-    txn.execute(_PURGE, {"now": now_s})
+    txn.rows(_PURGE, now=now_s)
 
 
 def claim_direct_grant(
@@ -118,17 +121,17 @@ def _first(  # noqa: PLR0913 - the columns
 ) -> bool:
     owner = _first_session(txn, table, report_id)
     if owner is None:
-        values = {
-            "signer": signer,
-            "chip_id": chip_id,
-            "report_id": report_id,
-            "session_sha256": session_sha256,
-        }
-        txn.execute(_INSERT_FIRST[table.name], values)
+        txn.rows(
+            _INSERT_FIRST[table.name],
+            signer=signer,
+            chip_id=chip_id,
+            report_id=report_id,
+            session_sha256=session_sha256,
+        )
     return owner in {None, session_sha256}
 
 
 def _first_session(txn: Txn, table: Table, report_id: bytes) -> bytes | None:
     """Give the session that a table of boots knows for a REPORT_ID, or None."""
-    found: bytes | None = txn.execute(_FIRST[table.name], {"of": report_id}).scalar_one_or_none()
-    return found
+    found = txn.row(_FIRST[table.name], of=report_id)
+    return None if found is None else found["session_sha256"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, cast
 
-from sqlalchemy import Row, bindparam, delete, insert, select
+from sqlalchemy import bindparam, delete, insert, select
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import Kind
 from kagimori_verifier.store import columns, schema
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 
 MOST_VMS: Final = 5
 """VMs named where a measurement is shared by some."""
@@ -45,10 +47,12 @@ class BootStateRow:
     id: int = 0
 
 
-_MEASUREMENT: Final = select(schema.measurement).where(
-    schema.measurement.c.profile == bindparam("of"), schema.measurement.c.digest == bindparam("value")
+_MEASUREMENT: Final = Prepared(
+    select(schema.measurement).where(
+        schema.measurement.c.profile == bindparam("of"), schema.measurement.c.digest == bindparam("value")
+    )
 )
-_VMS_OF: Final = (
+_VMS_OF: Final = Prepared(
     select(schema.vm.c.vm_id)
     .join(schema.measurement, schema.measurement.c.profile == schema.vm.c.profile)
     .where(schema.measurement.c.digest == bindparam("value"))
@@ -58,8 +62,8 @@ _OWNED: Final = (
     schema.boot_state.c.owner_kind == bindparam("kind"),
     schema.boot_state.c.owner == bindparam("of"),
 )
-_BOOT_STATES: Final = select(schema.boot_state).where(*_OWNED).order_by(schema.boot_state.c.id)
-_BOOT_VALUES: Final = (
+_BOOT_STATES: Final = Prepared(select(schema.boot_state).where(*_OWNED).order_by(schema.boot_state.c.id))
+_BOOT_VALUES: Final = Prepared(
     select(schema.boot_state.c.label, schema.boot_state.c.pcrs)
     .where(*_OWNED)
     .order_by(schema.boot_state.c.id)
@@ -87,13 +91,13 @@ def add_measurement(txn: Txn, row: MeasurementRow) -> None:
 
 def measurement(txn: Txn, profile: str, digest: bytes) -> MeasurementRow | None:
     """Give the measurement of a profile, or None."""
-    row = txn.execute(_MEASUREMENT, {"of": profile, "value": digest}).one_or_none()
+    row = txn.row(_MEASUREMENT, of=profile, value=digest)
     return None if row is None else _measurement(row)
 
 
 def vms_of(txn: Txn, digest: bytes) -> frozenset[str]:
     """Give the ids of VMs whose profile knows a measurement, a few of them: who asks wants to know of more than one."""
-    return frozenset(txn.execute(_VMS_OF, {"value": digest}).scalars())
+    return frozenset(row["vm_id"] for row in txn.rows(_VMS_OF, value=digest))
 
 
 def measurements(txn: Txn, profile: str | None = None) -> tuple[MeasurementRow, ...]:
@@ -103,7 +107,7 @@ def measurements(txn: Txn, profile: str | None = None) -> tuple[MeasurementRow, 
     )
     if profile is not None:
         statement = statement.where(schema.measurement.c.profile == profile)
-    return tuple(_measurement(row) for row in txn.execute(statement))
+    return tuple(_measurement(row) for row in txn.execute(statement).mappings())
 
 
 def remove_measurement(txn: Txn, profile: str, digest: bytes) -> bool:
@@ -122,14 +126,13 @@ def add_boot_state(txn: Txn, row: BootStateRow) -> int:
 
 def boot_states(txn: Txn, owner_kind: str, owner: str) -> tuple[BootStateRow, ...]:
     """Give the boot states of a profile or a VM, oldest first."""
-    rows = txn.execute(_BOOT_STATES, {"kind": owner_kind, "of": owner})
-    return tuple(_boot_state(row) for row in rows)
+    return tuple(_boot_state(row) for row in txn.rows(_BOOT_STATES, kind=owner_kind, of=owner))
 
 
 def boot_values(txn: Txn, owner_kind: str, owner: str) -> tuple[tuple[str, str], ...]:
     """Give label and PCR values, as the database has them (JSON), of the same."""
-    rows = txn.execute(_BOOT_VALUES, {"kind": owner_kind, "of": owner})
-    return tuple((row.label, row.pcrs) for row in rows)
+    rows = txn.rows(_BOOT_VALUES, kind=owner_kind, of=owner)
+    return tuple((row["label"], row["pcrs"]) for row in rows)
 
 
 def remove_boot_state(txn: Txn, state_id: int) -> bool:
@@ -137,11 +140,11 @@ def remove_boot_state(txn: Txn, state_id: int) -> bool:
     return txn.execute(delete(schema.boot_state).where(schema.boot_state.c.id == state_id)).rowcount > 0
 
 
-def _measurement(row: Row[Any]) -> MeasurementRow:
-    features = columns.decode(row.svsm_features, list[str], "measurement.svsm_features")
-    return MeasurementRow(**(dict(row._mapping) | {"svsm_features": features}))  # noqa: SLF001 - SQLAlchemy's public name for it
+def _measurement(row: Mapping[Any, Any]) -> MeasurementRow:
+    features = columns.decode(row["svsm_features"], list[str], "measurement.svsm_features")
+    return MeasurementRow(**(dict(row) | {"svsm_features": features}))
 
 
-def _boot_state(row: Row[Any]) -> BootStateRow:
-    pcrs = columns.decode(row.pcrs, dict[str, dict[str, Any]], "boot_state.pcrs")
-    return BootStateRow(**(dict(row._mapping) | {"pcrs": pcrs}))  # noqa: SLF001 - as above
+def _boot_state(row: Mapping[str, Any]) -> BootStateRow:
+    pcrs = columns.decode(row["pcrs"], dict[str, dict[str, Any]], "boot_state.pcrs")
+    return BootStateRow(**(dict(row) | {"pcrs": pcrs}))

@@ -8,6 +8,7 @@ from typing import Final
 from sqlalchemy import bindparam, delete, func, insert, select
 
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 from kagimori_verifier.store.schema import refusal
 
 MAX_REFUSALS: Final = 10_000
@@ -28,9 +29,11 @@ class Refusal:
     id: int = 0
 
 
-_INSERT: Final = insert(refusal)
-_FORGET: Final = delete(refusal).where(
-    refusal.c.id <= select(func.max(refusal.c.id)).scalar_subquery() - bindparam("most")
+_INSERT: Final = Prepared(insert(refusal), [column.name for column in refusal.columns if column.name != "id"])
+_FORGET: Final = Prepared(
+    delete(refusal).where(
+        refusal.c.id <= select(func.max(refusal.c.id)).scalar_subquery() - bindparam("most")
+    )
 )
 
 
@@ -38,8 +41,8 @@ def note(txn: Txn, row: Refusal) -> None:
     """Keep a refusal, and forget the oldest beyond MAX_REFUSALS."""
     values = asdict(row)
     del values["id"]
-    txn.execute(_INSERT, values)
-    txn.execute(_FORGET, {"most": MAX_REFUSALS})
+    txn.rows(_INSERT, **values)
+    txn.rows(_FORGET, most=MAX_REFUSALS)
 
 
 def newest(

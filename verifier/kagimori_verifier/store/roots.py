@@ -8,6 +8,7 @@ from typing import Final
 from sqlalchemy import delete, insert, select
 
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 from kagimori_verifier.store.schema import root
 
 
@@ -21,7 +22,7 @@ class RootRow:
     created: int
 
 
-_ALL: Final = select(root).order_by(root.c.created)
+_ALL: Final = Prepared(select(root).order_by(root.c.created))
 
 
 def add(txn: Txn, row: RootRow) -> None:
@@ -36,5 +37,4 @@ def remove(txn: Txn, spki_sha256: bytes) -> bool:
 
 def all(txn: Txn) -> tuple[RootRow, ...]:  # noqa: A001 - read as roots.all
     """Give all of them, oldest first."""
-    rows = txn.execute(_ALL)
-    return tuple(RootRow(**row._mapping) for row in rows)  # noqa: SLF001 - SQLAlchemy's public name for it
+    return tuple(RootRow(**row) for row in txn.rows(_ALL))

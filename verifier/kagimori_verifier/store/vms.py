@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import Row, bindparam, delete, insert, select
+from sqlalchemy import bindparam, delete, insert, select
 
 from kagimori_protocol.messages import Purpose
 from kagimori_verifier.store import columns, schema
 from kagimori_verifier.store.database import Txn
+from kagimori_verifier.store.prepared import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,12 @@ class VolumeRow:
     created: int
 
 
-_GET: Final = select(schema.vm).where(schema.vm.c.vm_id == bindparam("of"))
-_VOLUMES: Final = (
+_GET: Final = Prepared(select(schema.vm).where(schema.vm.c.vm_id == bindparam("of")))
+_ALL: Final = (
     select(schema.volume).where(schema.volume.c.vm_id == bindparam("of")).order_by(schema.volume.c.created)
 )
-_IN_STATE: Final = _VOLUMES.where(schema.volume.c.state == bindparam("in_state"))
+_VOLUMES: Final = Prepared(_ALL)
+_IN_STATE: Final = Prepared(_ALL.where(schema.volume.c.state == bindparam("in_state")))
 
 
 def add(txn: Txn, row: VmRow) -> None:
@@ -53,13 +56,13 @@ def add(txn: Txn, row: VmRow) -> None:
 
 def get(txn: Txn, vm_id: str) -> VmRow | None:
     """Give a VM, or None."""
-    row = txn.execute(_GET, {"of": vm_id}).one_or_none()
+    row = txn.row(_GET, of=vm_id)
     return None if row is None else _vm(row)
 
 
 def all(txn: Txn) -> tuple[VmRow, ...]:  # noqa: A001 - read as vms.all
     """Give all VMs, by id."""
-    return tuple(_vm(row) for row in txn.execute(select(schema.vm).order_by(schema.vm.c.vm_id)))
+    return tuple(_vm(row) for row in txn.execute(select(schema.vm).order_by(schema.vm.c.vm_id)).mappings())
 
 
 def update(txn: Txn, row: VmRow) -> None:
@@ -86,8 +89,8 @@ def add_volume(txn: Txn, row: VolumeRow) -> None:
 
 def volumes(txn: Txn, vm_id: str, *, state: str | None = "active") -> tuple[VolumeRow, ...]:
     """Give a VM's volumes in one state, or in any (None), oldest first."""
-    found = txn.execute(_VOLUMES if state is None else _IN_STATE, {"of": vm_id, "in_state": state})
-    return tuple(VolumeRow(**row._mapping) for row in found)  # noqa: SLF001 - SQLAlchemy's public name for it
+    found = txn.rows(_VOLUMES, of=vm_id) if state is None else txn.rows(_IN_STATE, of=vm_id, in_state=state)
+    return tuple(VolumeRow(**row) for row in found)
 
 
 def set_volume_state(txn: Txn, vm_id: str, uuid: str, version: int, state: str) -> None:
@@ -109,9 +112,9 @@ def _values(row: VmRow) -> dict[str, Any]:
     return asdict(row) | lists
 
 
-def _vm(row: Row[Any]) -> VmRow:
+def _vm(row: Mapping[Any, Any]) -> VmRow:
     lists = {
-        "purposes": columns.decode(row.purposes, list[Purpose], "vm.purposes"),
-        "chips": columns.decode(row.chips, list[str], "vm.chips"),
+        "purposes": columns.decode(row["purposes"], list[Purpose], "vm.purposes"),
+        "chips": columns.decode(row["chips"], list[str], "vm.chips"),
     }
-    return VmRow(**(dict(row._mapping) | lists))  # noqa: SLF001 - as above
+    return VmRow(**(dict(row) | lists))
