@@ -64,7 +64,8 @@ class ImpatientProtocol(HttpToolsProtocol):
     def _look(self, before: object, waited: bool) -> None:  # noqa: FBT001 - whether the last look saw no request
         if self.transport.is_closing():
             return
-        cycle: RequestResponseCycle | None = self.cycle  # uvicorn says that it is never None, and begins with None
+        # uvicorn says that it is never None, and begins with None.
+        cycle: RequestResponseCycle | None = self.cycle
         waits = cycle is None or cycle.response_complete
         if waits and waited and self.cycle is before:
             self.transport.close()
