@@ -10,26 +10,21 @@ import fcntl
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-_KEPT_S: Final = 14 * 86400
-"""Seconds for which an entry stays that nobody asks for."""
+_KEPT: Final = 3
+"""Entries that stay of each layer, those that were asked for last: all layers of one state take a gigabyte."""
 
 
 class Cache:
     """Directories below ``root``; several processes may use it, and one builds at a time."""
 
     def __init__(self, root: Path) -> None:
-        """Use ``root``, which is made, and drop what nobody has asked for in two weeks."""
+        """Use ``root``, which is made."""
         self._root = root
         root.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            for entry in root.iterdir():
-                if entry.is_dir() and entry.stat().st_mtime < time.time() - _KEPT_S:
-                    shutil.rmtree(entry)
 
     def get(self, layer: str, made_from: Iterable[object], build: Callable[[Path], None]) -> Path:
         """Give the directory of a layer for these inputs; ``build`` fills it where it is not there yet.
@@ -46,6 +41,9 @@ class Cache:
                 build(unfinished)
                 unfinished.rename(path)
             os.utime(path)
+            entries = sorted(self._root.glob(f"{layer}-*"), key=lambda entry: entry.stat().st_mtime_ns)
+            for entry in entries[:-_KEPT]:
+                shutil.rmtree(entry)
         return path
 
     @contextlib.contextmanager
