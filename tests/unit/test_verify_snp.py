@@ -278,6 +278,38 @@ def test_a_vcek_without_amds_extensions_chains_to_nothing(root: AmdRoot) -> None
     refused("endorsement.chain", machine.report(DATA, 0), Endorsements(given), trusting(root))
 
 
+OID = "1.3.6.1.4.1.3704.1."
+UNTOLD = {
+    "product": (OID + "2", "vcek", "endorsement.product"),
+    "boot loader": (OID + "3.1", "vcek", "endorsement.tcb"),
+    "microcode": (OID + "3.8", "vlek", "endorsement.tcb"),
+    "chip": (OID + "4", "vcek", "endorsement.chip"),
+    "provider": (OID + "5", "vlek", "endorsement.chip"),
+}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("missing", UNTOLD)
+def test_what_a_certified_key_does_not_say_of_itself_fails_the_check_that_asks_for_it(
+    root: AmdRoot, missing: str, broken: bool
+) -> None:
+    """AMD signed it, but an extension is not there, or is none: a check with a name, not an error without one."""
+    oid, signer, code = UNTOLD[missing]
+    machine = SnpMachine(root, signer=signer)
+    vek = machine.vek()
+    assert vek is not None
+    said = [
+        (extension.oid.dotted_string, extension.value.public_bytes())
+        for extension in Certificate.parse(vek.certificate_der).fields.extensions
+    ]
+    told = [(name, b"\x04\x00" if name == oid else value) for name, value in said if broken or name != oid]
+    assert told != said
+    name, issuer = ("SEV-VCEK", root.ask) if signer == "vcek" else ("SEV-VLEK", root.asvk)
+    certificate = root._issue_vek(name, issuer, vek.private_key, told, None)
+    given = Endorsements([certificate, issuer.der, root.ark_der])
+    refused(code, machine.report(DATA, 0), given, trusting(root))
+
+
 # Revocation and validity
 
 

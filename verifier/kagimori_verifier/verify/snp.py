@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -28,10 +28,12 @@ from kagimori_verifier.verify.certificate import Certificate, RevocationList
 from kagimori_verifier.verify.memory import NOTHING, Memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from kagimori_verifier.roots import TrustedRoots
     from kagimori_verifier.trail import Trail
+
+T = TypeVar("T")
 
 _VEK_NAMES: Final = {"vcek": "SEV-VCEK", "vlek": "SEV-VLEK"}
 _CA_NAMES: Final = {"vcek": "SEV-", "vlek": "SEV-VLEK-"}
@@ -97,12 +99,12 @@ def verify_report(
             TcbVersion.parse(part, turin=turin)
             for part in (report.reported_tcb, report.committed_tcb, report.current_tcb, report.launch_tcb)
         )
-    certified = chain.vek.tcb()
+    certified = _or_none(chain.vek.tcb)
     trail.require(
         "endorsement.tcb",
         certified == reported,
         expected=f"the report's REPORTED_TCB: {reported}",
-        found=str(certified),
+        found=str(certified or "none"),
     )
     _require_chip(trail, report, chain.vek, signer, turin=turin)
     # 4
@@ -113,7 +115,7 @@ def verify_report(
         product=product,
         root=chain.root,
         signer=signer,
-        csp_id=chain.vek.csp_id(),
+        csp_id=_or_none(chain.vek.csp_id),
         reported_tcb=reported,
         committed_tcb=committed,
         current_tcb=current,
@@ -279,15 +281,23 @@ def _genuine_list(raw: bytes, ark: Certificate, memory: Memory) -> RevocationLis
         return None
 
 
+def _or_none(tell: Callable[[], T]) -> T | None:
+    """Give what a certificate says of itself, or None where it says it in no form of AMD's: whoever asks refuses None."""
+    try:
+        return tell()
+    except Malformed:
+        return None
+
+
 def _agree_on_product(trail: Trail, report: Report, chain: _Chain) -> str:
     """Root, certificate and report must speak of one product line; version 2 reports cannot all tell theirs."""
     product = chain.root.product
-    certified, reported = chain.vek.product_line(), report.product_line()
+    certified, reported = _or_none(chain.vek.product_line), report.product_line()
     trail.require(
         "endorsement.product",
         certified == product and (reported == product or (reported is None and report.version == 2)),  # noqa: PLR2004 - docstring
         expected=f"{product}, as the root says",
-        found=f"certificate: {certified}, report: {reported or 'does not tell'}",
+        found=f"certificate: {certified or 'does not tell'}, report: {reported or 'does not tell'}",
     )
     return product
 
@@ -299,11 +309,12 @@ def _require_chip(trail: Trail, report: Report, vek: Certificate, signer: str, *
     """
     hwid = vek.hwid()
     if signer == "vlek":
+        provider = _or_none(vek.csp_id)
         trail.require(
             "endorsement.chip",
-            hwid is None and bool(vek.csp_id()),
+            hwid is None and bool(provider),
             expected="a VLEK without chip and with the id of its cloud provider",
-            found=f"chip {'none' if hwid is None else hwid.hex()}, provider {vek.csp_id()}",
+            found=f"chip {'none' if hwid is None else hwid.hex()}, provider {provider or 'none'}",
         )
         return
     size = TURIN_HWID_SIZE if turin else len(report.chip_id)
