@@ -271,6 +271,27 @@ def test_a_header_for_a_measurement_register_begins_the_log_of_a_tdx_guest(repla
     replay.fails("eventlog.layout: ", header(banks, pcr=2) + event(1, IPL, b"td", banks))
 
 
+@pytest.mark.parametrize("dropped", [0, 4, 5, 9])
+def test_a_header_that_says_tdx_opens_no_pcr_of_a_tpm(dropped: int, vectors: Path, replay: Replay) -> None:
+    """Nothing vouches for the header: whoever leaves out a PCR's events could write it, too."""
+    raw, pcrs = pair(vectors, "ubuntu-2404-amd-sevsnp")
+    cut = b"".join(raw[start:end] for start, end, one in places(raw) if one.pcr != dropped or not start)
+    forged = (1).to_bytes(4, "little") + cut[4:]
+    replay.fails(f"eventlog.replay: expected PCR {dropped} (sha256) ", forged, pcrs)
+    few = {str(pcr): pcrs["sha256"][str(pcr)] for pcr in (dropped, 1, 2)}
+    replay.fails(f"eventlog.replay: expected PCR {dropped} (sha256) ", forged, few)
+
+
+def test_a_log_that_calls_itself_tdx_has_no_more_registers_than_a_td(replay: Replay) -> None:
+    """Events of a fifth register, or values of more than there are, belong to a TPM."""
+    banks = ("sha384",)
+    log = header(banks, pcr=1) + event(1, IPL, b"td", banks)
+    values = {"0": "aa" * 48, "1": extended("sha384", b"td")}
+    replay.fails("eventlog.replay: expected PCR 0 ", log, values | {"7": "bb" * 48})
+    replay.fails("eventlog.replay: expected PCR 0 ", log + event(7, IPL, b"db", banks), values)
+    replay.fails("eventlog.events: ", struct.pack("<II20sI", 0xFFFFFFFF, NO_ACTION, bytes(20), 0), values)
+
+
 @pytest.mark.parametrize(
     "rest",
     [

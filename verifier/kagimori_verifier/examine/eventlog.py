@@ -27,7 +27,7 @@ from kagimori_verifier.verify.eventlog_layout import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from kagimori_verifier.examine.pcr_values import Banks
     from kagimori_verifier.trail import Trail
@@ -45,7 +45,10 @@ OPEN_PCRS: Final = frozenset({10, 11, 12, 13, *range(15, 24)})
 (13), debugging (16), dynamic launch (17 to 22), applications (23). Where the log has no event of one, it says nothing
 about it."""
 
-_OPEN_REGISTERS: Final = frozenset({0, *range(4, 24)})
+_REGISTER_BANKS: Final = ("sha384",)
+_REGISTERS: Final = frozenset(range(5))
+"""MRTD and RTMR 0 to 3: there are no more (Intel TDX Module, TDREPORT_STRUCT)."""
+_OPEN_REGISTERS: Final = frozenset({0, 4})
 """MRTD, which the log does not extend, and RTMR 3, which is the operating system's."""
 
 _HEAD_SIZE: Final = 32  # TCG_PCR_EVENT: pcrIndex, eventType, a SHA-1 digest, eventSize
@@ -73,14 +76,23 @@ class ForeignLog:
 
     @property
     def of_registers(self) -> bool:
-        """Tell whether the log's indices are those of measurement registers, by its header."""
-        header = self.log.events[0] if self.log.events else None
-        return header is not None and header.type == eventlog.EV_NO_ACTION and header.pcr == REGISTER_HEADER
+        """Tell whether the log's indices can be those of measurement registers: its header says so, and all else fits.
 
-    @property
-    def open_pcrs(self) -> frozenset[int]:
-        """Name the PCRs that move without the log; those that it has an event of are compared all the same."""
-        return (_OPEN_REGISTERS if self.of_registers else OPEN_PCRS) - self.logged
+        The header alone is anybody's word, and a TPM's PCRs must not go uncompared for it.
+        """
+        header = self.log.events[0] if self.log.events else None
+        return (
+            header is not None
+            and header.type == eventlog.EV_NO_ACTION
+            and header.pcr == REGISTER_HEADER
+            and self.log.algorithms == _REGISTER_BANKS
+            and self.logged <= _REGISTERS
+        )
+
+    def open_among(self, given: Iterable[int]) -> frozenset[int]:
+        """Name the PCRs that move without the log, where these are given; what it has an event of is compared all the same."""
+        registers = self.of_registers and _REGISTERS.issuperset(given)
+        return (_OPEN_REGISTERS if registers else OPEN_PCRS) - self.logged
 
     @property
     def logged(self) -> frozenset[int]:
@@ -155,7 +167,8 @@ def replay(trail: Trail, foreign: ForeignLog, given: Banks | None) -> dict[str, 
 def unexplained(foreign: ForeignLog, given: Mapping[int, bytes], bank: str) -> tuple[int, ...]:
     """Name the open PCRs that have another value than at start-up, though the log has no event of them."""
     start = _start(foreign, bank)
-    return tuple(pcr for pcr in sorted(given) if pcr in foreign.open_pcrs and given[pcr] != start.pcr(pcr))
+    unheld = foreign.open_among(given)
+    return tuple(pcr for pcr in sorted(given) if pcr in unheld and given[pcr] != start.pcr(pcr))
 
 
 def _start(foreign: ForeignLog, bank: str) -> PcrValues:
@@ -174,7 +187,8 @@ def _compare(
         trail.note("eventlog.bank", False, expected=str(error.expected), found=str(error.found))  # noqa: FBT003 - it lacks
         return
     logged = foreign.logged
-    governed = {pcr: digest for pcr, digest in given.items() if pcr not in foreign.open_pcrs}
+    unheld = foreign.open_among(given)
+    governed = {pcr: digest for pcr, digest in given.items() if pcr not in unheld}
     trail.note(
         "eventlog.pcrs",
         bool(governed.keys() & logged),
