@@ -212,6 +212,9 @@ def test_pcrs_of_the_log_that_were_not_given_are_named(replay: Replay) -> None:
     told = replay.holds(log, {"4": extended("sha256", b"four")})
     assert "not compared: PCR 9 (sha256), which were not given" in told["notes"]
     assert any("nothing was compared" in note for note in replay.holds(log)["notes"])
+    both = ("sha1", "sha256")
+    told = replay.holds(header(both) + event(4, SEPARATOR, b"four", both), {"4": extended("sha256", b"four")})
+    assert any(note.startswith("not compared: the log's sha1 digests") for note in told["notes"])
 
 
 # Logs of other kinds

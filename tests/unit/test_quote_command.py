@@ -185,6 +185,8 @@ def test_a_quote_holds_whatever_signed_it_and_in_every_container(
             told = quote.holds(message, signature, ak, pcrs=pcrs)
             assert (told["ak"]["form"], told["signature"]["hash"]) == (form, algorithm)
             assert (told["ak"]["attributes"] is None) is ("key" in form)
+            beside = "not covered by the quote, so not checked: PCRs 1 to 9, 11 to 23 of sha1"
+            assert beside in told["notes"]
     if kind == 0x18:
         plain = wrapped[6 : 6 + (len(wrapped) - 8) // 2] + wrapped[-(len(wrapped) - 8) // 2 :]
         assert quote.holds(message, plain, area)["signature"]["form"] == "bare ECDSA signature (r, s)"

@@ -132,6 +132,10 @@ def _open_notes(foreign: ForeignLog, given: Banks | None) -> list[str]:
     notes = []
     if given is not None and set(given) == {"sha1"}:
         notes.append("only SHA-1 values were compared, and collisions of SHA-1 can be made")
+    if given is not None and (ignored := [bank for bank in foreign.banks if bank not in given]):
+        notes.append(
+            f"not compared: the log's {', '.join(ignored)} digests, for no values of that bank were given"
+        )
     for bank, values in (given or {}).items():
         if bank not in foreign.banks:
             continue

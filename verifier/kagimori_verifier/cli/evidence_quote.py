@@ -18,6 +18,7 @@ from kagimori_verifier.examine import quote as examine
 
 if TYPE_CHECKING:
     from kagimori_verifier.cli.output import Output
+    from kagimori_verifier.examine.pcr_values import Banks
     from kagimori_verifier.examine.quote import Ak, Quoted
 
 MAX_FILE: Final = 1 << 16
@@ -55,7 +56,7 @@ def verify(options: argparse.Namespace, output: Output) -> int:
     except Malformed as error:
         raise _unreadable(options, error) from error
     facts = {**_ak_facts(ak), **_quote_facts(quoted)}
-    return tell(output, trail, facts, _lines(quoted, ak), _notes(quoted, ak, options))
+    return tell(output, trail, facts, _lines(quoted, ak), _notes(quoted, ak, options, pcrs))
 
 
 def _unreadable(options: argparse.Namespace, error: Malformed) -> UsageError:
@@ -131,7 +132,7 @@ def _lines(quoted: Quoted, ak: Ak) -> list[str]:
     )
 
 
-def _notes(quoted: Quoted, ak: Ak, options: argparse.Namespace) -> list[str]:
+def _notes(quoted: Quoted, ak: Ak, options: argparse.Namespace, pcrs: Banks | None) -> list[str]:
     notes = []
     if ak.attributes is None:
         notes.append(
@@ -140,6 +141,8 @@ def _notes(quoted: Quoted, ak: Ak, options: argparse.Namespace) -> list[str]:
         )
     if "certificate" in ak.form:
         notes.append("only the certificate's key was used; who signed the certificate was not checked")
+    if pcrs is not None and (beside := examine.not_covered(quoted, pcrs)):
+        notes.append(f"not covered by the quote, so not checked: {beside}")
     if options.pcrs is None:
         notes.append("pcrDigest was not checked: without --pcrs, the PCR values behind it are not known")
     if not options.qualifying:

@@ -336,6 +336,15 @@ def _require_values(
         )
 
 
+def not_covered(quoted: Quoted, pcrs: Banks) -> str:
+    """Name the given values that the quote says nothing about, for a person; empty where there are none."""
+    covered = {(BANK_NAMES.get(bank), pcr) for bank, chosen in quoted.banks for pcr in chosen}
+    beside = {
+        bank: [pcr for pcr in values if (bank, pcr) not in covered] for bank, values in sorted(pcrs.items())
+    }
+    return "; ".join(f"PCRs {numbers(rest)} of {bank}" for bank, rest in beside.items() if rest)
+
+
 def told(banks: tuple[tuple[int, tuple[int, ...]], ...]) -> str:
     """Write a selection for a person."""
     parts = [
