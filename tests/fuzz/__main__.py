@@ -15,7 +15,7 @@ import traceback
 from typing import Final
 
 from tests.fuzz import inputs
-from tests.fuzz.campaign import fuzz, told
+from tests.fuzz.campaign import fuzz, shrink, told
 from tests.fuzz.target import Target, accepts, cpu_s
 from tests.fuzz.targets.names import NAMES, load
 from tests.fuzz.workshop import ROOT, amd_root
@@ -119,6 +119,9 @@ def campaign(names: list[str], seconds: int, *, leg: bool) -> int:
         for done in concurrent.futures.as_completed(running):
             outcomes.append(done.result())
             say(told(outcomes[-1]))
+    if not leg:
+        for name in names:
+            shrink(name)
     failed = [outcome.target for outcome in outcomes if not outcome.good]
     say(
         f"{len(outcomes)} targets in {time.monotonic() - started:.0f} s: "

@@ -24,6 +24,9 @@ INTERPRETER_MIB: Final = 512
 GRACE_S: Final = 120
 """How long a fuzzer may take to load its corpus and to end, on a busy machine, beyond the time that it was given."""
 
+MOST_KEPT: Final = 500
+"""Inputs that a corpus may have before it is merged."""
+
 _STATUS: Final = re.compile(r"^#(\d+)\s+\w+\s+cov: (\d+) ft: (\d+) corp: (\d+)/", re.MULTILINE)
 _DONE: Final = re.compile(r"^Done (\d+) runs in (\d+) second", re.MULTILINE)
 
@@ -122,6 +125,30 @@ def fuzz(name: str, seconds: int, seed: int, say: Callable[[str], None], every_s
         findings=found,
         trouble="" if done and code == 0 else _end_of(text, code),
     )
+
+
+def shrink(name: str) -> None:
+    """Keep of a large corpus only what reaches something that the rest does not; loading it all would take a leg's time.
+
+    A corpus that cannot be merged stays as it is.
+    """
+    corpus = corpus_of(name)
+    if len(list(corpus.iterdir())) <= MOST_KEPT:
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=STATE) as room:
+        fresh, old = Path(room, "fresh"), Path(room, "old")
+        fresh.mkdir()
+        words = [sys.executable, "-m", "tests.fuzz.engine", name, "-merge=1", str(fresh), str(corpus)]
+        merged = subprocess.run(
+            [*words, f"-max_len={load(name).bound.fuzzed}"],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        if merged.returncode == 0 and any(fresh.iterdir()):
+            corpus.rename(old)
+            fresh.rename(corpus)
 
 
 def _watched(

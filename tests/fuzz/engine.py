@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+import shlex
 import signal
 import sys
 import warnings
@@ -30,7 +31,10 @@ def main() -> None:
         from tests.fuzz.target import accepts_within
         from tests.fuzz.targets.names import load
 
-        target = load(sys.argv.pop(1))
+        name = sys.argv.pop(1)
+        target = load(name)
+    # What libFuzzer starts again, through a shell, to merge corpora.
+    sys.argv[0] = f"{shlex.quote(sys.executable)} -m tests.fuzz.engine {name}"
     # A warning is for a person; what a sender can cause is an error with a name, or nothing.
     warnings.simplefilter("error")
 

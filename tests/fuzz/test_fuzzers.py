@@ -57,6 +57,29 @@ def test_a_run_without_a_finding_says_what_it_did(monkeypatch: pytest.MonkeyPatc
     assert list((tmp_path / "corpus" / "messages").iterdir())
 
 
+@needs_atheris
+@pytest.mark.slow
+def test_a_corpus_that_grew_large_keeps_what_is_worth_keeping(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A thousand inputs that reach the same lines would take the whole of a leg to load."""
+    monkeypatch.setattr(campaign, "STATE", tmp_path)
+    monkeypatch.setattr(campaign, "MOST_KEPT", 10)
+    corpus = campaign.corpus_of("planted")
+    corpus.mkdir(parents=True)
+    for number in range(10):
+        (corpus / str(number)).write_bytes(b"a" * (number + 1))
+    campaign.shrink("planted")
+    assert len(list(corpus.iterdir())) == 10
+    for number in range(10, 40):
+        (corpus / str(number)).write_bytes(b"x" * (number + 1))
+    campaign.shrink("planted")
+    kept = [path.read_bytes() for path in corpus.iterdir()]
+    assert 0 < len(kept) < 10
+    assert {data[:1] for data in kept} == {b"a", b"x"}
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
 def test_bounds_reach_the_engine() -> None:
     """As far as libFuzzer has flags for them."""
     flags = campaign.flags("x509", 7, 3)
