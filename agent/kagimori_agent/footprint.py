@@ -144,4 +144,6 @@ def boot_settings(config: Config) -> str:
     ]
     lines += [f"dns={address}" for address in network.dns]
     lines += [f"volume={volume.name}" for volume in config.volumes]
+    # Who names a volume on the kernel command line does it by its UUID.
+    lines += [f"uuid={volume.uuid}" for volume in config.volumes]
     return "".join(f"{line}\n" for line in lines)

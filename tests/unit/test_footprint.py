@@ -34,14 +34,15 @@ ROOT = Path(__file__).parent.parent.parent
 RELEASE = "6.99.0-test"
 DRIVERS = [driver for part in PARTS for driver in part.drivers]
 
-AGENT_TOML = """\
+UUID = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
+AGENT_TOML = f"""\
 vm_id = "web1"
 [[verifiers]]
 name = "home"
 urls = ["http://kagi.example"]
 keys = ["AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="]
 [[volumes]]
-uuid = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
+uuid = "{UUID}"
 name = "cryptroot"
 """
 
@@ -136,7 +137,7 @@ def test_what_starts_the_agent_needs_no_environment(installed: Path) -> None:
     assert (installed / "etc/kagimori/agent.toml").read_text() == AGENT_TOML
     assert (installed / "etc/kagimori/agent.toml").stat().st_mode & 0o777 == 0o600
     told = (installed / "etc/kagimori/boot.conf").read_text()
-    assert told == "on_failure=poweroff\nnetwork=dhcp\nvolume=cryptroot\n"
+    assert told == f"on_failure=poweroff\nnetwork=dhcp\nvolume=cryptroot\nuuid={UUID}\n"
 
 
 def test_python_comes_compiled_and_is_not_checked_against_sources(found: Footprint, installed: Path) -> None:
@@ -188,7 +189,7 @@ def test_settings_for_scripts_say_everything_about_a_static_network(tmp_path: Pa
     config.write_text(AGENT_TOML + network + 'dns = ["10.0.0.3", "fd00::53"]\n')
     assert footprint.boot_settings(load(config)) == (
         "on_failure=poweroff\nnetwork=static\ninterface=ens3\naddress=10.0.0.2/32\ngateway=10.0.0.1\n"
-        "dns=10.0.0.3\ndns=fd00::53\nvolume=cryptroot\n"
+        f"dns=10.0.0.3\ndns=fd00::53\nvolume=cryptroot\nuuid={UUID}\n"
     )
 
 
