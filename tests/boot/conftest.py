@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 from pathlib import Path
@@ -35,6 +36,8 @@ def _can_boot() -> None:
     missing += [str(path) for path in (CODE, VARS) if not path.exists()]
     if os.geteuid() != 0:
         missing.append("root's rights")
+    # Building takes longer than a test of another kind may (faulthandler_timeout); each step has a limit of its own.
+    faulthandler.cancel_dump_traceback_later()
     if missing:
         explanation = f"machines cannot be booted here without {', '.join(missing)}"
         if IN_CI:
@@ -65,6 +68,12 @@ def accepted(first_boot: tuple[Site, list[str]]) -> Site:
     site, lines = first_boot
     site.verifier("reference", "accept", session_in(lines), "--yes", "--label", "first boot")
     return site
+
+
+@pytest.fixture(autouse=True)
+def _patience() -> None:
+    """Bear with an emulated machine: each wait for it has a limit of its own, and shows the console's end."""
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
