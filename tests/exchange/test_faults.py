@@ -81,17 +81,18 @@ def taken_away(owner: Owner) -> Iterator[None]:
 @contextlib.contextmanager
 def read_only(owner: Owner) -> Iterator[None]:
     """Let the disk go read-only, as file systems do after an error."""
-    engine = owner.verifier.store._engine
+    store = owner.verifier.store
 
     def refuse_writes(connection: Any, *_: object) -> None:  # noqa: ANN401 - the driver's
         connection.execute("PRAGMA query_only=ON")
 
-    event.listen(engine, "checkout", refuse_writes)
+    event.listen(store._engine, "checkout", refuse_writes)
+    store.close()  # so that the next connection is such a one, and the one after it is none again
     try:
         yield
     finally:
-        event.remove(engine, "checkout", refuse_writes)
-        engine.dispose()
+        event.remove(store._engine, "checkout", refuse_writes)
+        store.close()
 
 
 FAULTS: dict[str, Fault] = {"locked": locked, "gone": taken_away, "read-only": read_only}
@@ -106,7 +107,7 @@ def test_a_database_lost_in_the_middle_of_a_request_is_503_and_nothing_is_releas
     The reply is unsigned, so to an agent it is no answer; once the database is back, the same bytes get their key.
     """
     monkeypatch.setattr(sqlite, "BUSY_S", 0.2)
-    owner.verifier.store._engine.dispose()  # so that connections are as impatient as the test
+    owner.verifier.store.close()  # so that connections are as impatient as the test
     attacker = prey.attacker()
     evidence = messages.encode(Evidence(**attacker.evidence()))
     broken = contextlib.ExitStack()
@@ -138,7 +139,7 @@ def test_a_database_lost_after_the_ledger_is_503_and_the_answer_comes_later(
     An answer that was sent without its confirm key could never be confirmed.
     """
     monkeypatch.setattr(sqlite, "BUSY_S", 0.2)
-    owner.verifier.store._engine.dispose()
+    owner.verifier.store.close()
     attacker = prey.attacker()
     evidence = messages.encode(Evidence(**attacker.evidence()))
     broken = contextlib.ExitStack()

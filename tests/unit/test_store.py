@@ -183,7 +183,7 @@ def test_a_database_that_another_program_holds_is_locked(path: Path, use: str) -
         "sys.stdin.read()\n"
     )
     store = Store.create(_url(path))
-    store._engine.dispose()  # nobody gets it exclusively while a connection is open
+    store.close()  # nobody gets it exclusively while a connection is open
     begin = {"write": store.write, "read": store.read}[use]
     with _other_program(code, path):
         with pytest.raises(StoreUnavailable) as caught, begin() as txn:
@@ -227,7 +227,7 @@ def test_a_full_disk_is_named_and_nothing_half_is_kept(path: Path) -> None:
     event.listen(
         store._engine, "connect", lambda one, _: one.execute(f"PRAGMA max_page_count={pages + 2}").close()
     )
-    store._engine.dispose()
+    store.close()
 
     def write_too_much() -> None:
         with store.write() as txn:

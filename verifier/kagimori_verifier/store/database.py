@@ -71,6 +71,7 @@ class Store:
         """Prepare an engine; nothing is opened yet. Raises OperatorError for a URL that names no database."""
         self._file: tuple[int, int] | None = None
         self._turns = Turns(self._begun_to_write)
+        self._idle: list[Connection] = []
         try:
             parsed = make_url(url)
             self._path = Path(parsed.database or "") if parsed.get_backend_name() == sqlite.NAME else None
@@ -146,7 +147,9 @@ class Store:
             txn.execute(text("SELECT count(*) FROM setting"))
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection; whoever reads or writes later opens new ones."""
+        while self._idle:
+            self._idle.pop().close()
         self._engine.dispose()
 
     @contextlib.contextmanager
@@ -161,10 +164,17 @@ class Store:
         """Begin a transaction that is committed at the end, or rolled back with whatever is raised."""
         with _explained():
             self._require_same_file()
-            with self._engine.connect() as connection, connection.begin():
-                if self._path is not None:
-                    connection.exec_driver_sql(statement)
-                yield connection
+            # Of our own: taking one from SQLAlchemy's pool and giving it back costs as much as a transaction.
+            connection = self._idle.pop() if self._idle else self._engine.connect()
+            try:
+                with connection.begin():
+                    if self._path is not None:
+                        connection.exec_driver_sql(statement)
+                    yield connection
+            except BaseException:
+                connection.close()
+                raise
+            self._idle.append(connection)
 
     @contextlib.contextmanager
     def _closed_on_failure(self) -> Iterator[None]:

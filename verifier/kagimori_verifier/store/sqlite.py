@@ -53,7 +53,7 @@ def create_file(path: Path) -> None:
 
 def file_identity(path: Path) -> tuple[int, int]:
     """Tell which file a path names now: device and inode. Raises OSError."""
-    facts = path.stat()
+    facts = os.stat(path)  # noqa: PTH116 - each transaction asks, and Path.stat takes twice as long
     return facts.st_dev, facts.st_ino
 
 
