@@ -101,7 +101,7 @@ class ReportItem:
         if not self.inblob:
             _refuse(errno.EINVAL)
         if self.blobs is None or self.read_generation != self.write_generation:
-            self.blobs = self._request()
+            self.blobs = self.request()
             self.read_generation = self.write_generation
         blob = self.blobs[name]
         if len(blob) > OUTBLOB_MAX:
@@ -143,8 +143,8 @@ class ReportItem:
             _refuse(errno.EBUSY)
         self.write_generation = following
 
-    def _request(self) -> dict[str, bytes]:
-        """Ask the firmware, or the SVSM, for what the blobs are read from."""
+    def request(self) -> dict[str, bytes]:
+        """Ask the firmware, or the SVSM, for what the blobs are read from. Raises OSError as their drivers fail."""
         if len(self.inblob) != REPORT_DATA_SIZE:
             _refuse(errno.EINVAL)
         try:
