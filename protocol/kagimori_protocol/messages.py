@@ -238,7 +238,12 @@ def encode(message: Struct) -> bytes:
     return msgspec.json.encode(message)
 
 
-_DECODERS: Final[dict[object, msgspec.json.Decoder[Any]]] = {}
+# Made here, and not when the first message comes: msgspec fills in what it knows of a class while another thread may use
+# it already, and then the process dies of SIGSEGV. A module is imported by one thread only.
+_DECODERS: Final[dict[object, msgspec.json.Decoder[Any]]] = {
+    kind: msgspec.json.Decoder(kind)
+    for kind in (*Message.__subclasses__(), ChallengeReply, Answer, ConfirmReply, Payload)
+}
 _VERSION_DECODER: Final = msgspec.json.Decoder(_Versioned)
 
 
@@ -279,9 +284,7 @@ def decode_payload(body: bytes) -> Payload:
 def _decode(kind: object, body: bytes, *, versioned: bool) -> Any:  # noqa: ANN401 - of ``kind``, a type or a union
     if len(body) > MAX_BODY:
         raise _malformed("message.size", f"at most {MAX_BODY} bytes", f"{len(body)} bytes")
-    decoder = _DECODERS.get(kind)
-    if decoder is None:
-        decoder = _DECODERS[kind] = msgspec.json.Decoder(kind)
+    decoder = _DECODERS[kind]
     try:
         if versioned and (version := _VERSION_DECODER.decode(body).version) not in VERSIONS:
             raise UnsupportedVersion(

@@ -37,6 +37,10 @@ class _Typed(msgspec.Struct):
     type: str
 
 
+_TYPED: Final = msgspec.json.Decoder(_Typed)
+"""Made by whoever imports this: an agent verifies replies in several threads (kagimori_protocol.messages)."""
+
+
 def key_id(public_key: bytes) -> str:
     """Name a public key: the first 8 bytes of its SHA-256, in hex."""
     return hashlib.sha256(public_key).digest()[:8].hex()
@@ -99,7 +103,7 @@ def verify(public_keys: Collection[bytes], header: str | None, request: bytes, r
 def _reply_type(reply: bytes) -> str:
     """Read the type of a reply, or raise NotAuthentic where it has none that is ever signed."""
     try:
-        reply_type = msgspec.json.decode(reply, type=_Typed).type
+        reply_type = _TYPED.decode(reply).type
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         reply_type = ""
     if reply_type not in REPLY_TYPES:

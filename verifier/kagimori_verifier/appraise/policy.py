@@ -117,10 +117,14 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return tuple(sorted({*self.governed_pcrs, self.cap_pcr}))
 
 
+_DECODER: Final = msgspec.json.Decoder(Policy)
+"""Made by whoever imports this, since two threads that made it at once would die of it (kagimori_protocol.messages)."""
+
+
 def parse_policy(text: str | bytes) -> Policy:
     """Read a policy from JSON. Raises OperatorError, naming what is wrong."""
     try:
-        policy = msgspec.json.decode(text, type=Policy)
+        policy = _DECODER.decode(text)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _wrong("the fields of docs/policy.md", str(error)) from error
     return check_policy(policy)
