@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -272,7 +273,7 @@ def test_no_credential_is_made_for_another_kind_of_key() -> None:
     refused(caught, "ek.template")
 
 
-STRUCTURES = {
+STRUCTURES: dict[str, tuple[Callable[[bytes], object], bytes]] = {
     "public": (tpm.parse_public, EK),
     "attest": (tpm.Attest.parse, ATTEST),
     "signature": (tpm.parse_signature, bytes.fromhex("0014000b0100") + MODULUS),
