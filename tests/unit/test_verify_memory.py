@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import datetime as dt
+import gc
+import hashlib
+import struct
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from kagimori_protocol.errors import NotAuthentic
 from kagimori_simulator.amd import AmdRoot
 from kagimori_simulator.machine import SnpMachine
+from kagimori_verifier import pipeline
 from kagimori_verifier.appraise.endorsement import appraise_endorsement
 from kagimori_verifier.appraise.policy import Policy, TcbFloor
 from kagimori_verifier.claims import Root, SnpClaims
 from kagimori_verifier.roots import TrustedRoots
 from kagimori_verifier.trail import Trail
-from kagimori_verifier.verify import certificate
+from kagimori_verifier.verify import certificate, eventlog, snp
 from kagimori_verifier.verify.certificate import Certificate
 from kagimori_verifier.verify.memory import ENTRY_WEIGHT, Memory, key_of
 from kagimori_verifier.verify.snp import Endorsements, verify_report
@@ -210,6 +219,71 @@ def test_a_memory_is_bounded_and_forgets_what_was_not_asked_for(monkeypatch: pyt
     recall(b"1")
     assert len(made) == 7
     assert memory._weight <= memory._most
+
+
+GREEDY = {
+    "names of directories": ("2.5.29.17", "a4023000", 1900),
+    "registered ids": ("2.5.29.17", "880129", 2500),
+    "names of hosts": ("2.5.29.17", "8200", 3750),
+    "policies": ("2.5.29.32", "3003060129", 1500),
+}
+
+
+@pytest.mark.parametrize("what", GREEDY)
+def test_a_certificate_takes_no_more_memory_than_it_is_charged_for(what: str) -> None:
+    """Whoever asks may send certificates of their own making, whose few bytes become thousands of objects."""
+    oid, one, count = GREEDY[what]
+    body = bytes.fromhex(one) * count
+    extension = x509.UnrecognizedExtension(
+        x509.ObjectIdentifier(oid), b"\x30\x82" + len(body).to_bytes(2, "big") + body
+    )
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    builder = (
+        x509.CertificateBuilder(name, name, key.public_key(), None, NOW, NOW + dt.timedelta(days=1))
+        .add_extension(extension, critical=False)
+    )  # fmt: skip
+    made = [
+        builder.serial_number(number).sign(key, hashes.SHA256()).public_bytes(Encoding.DER)
+        for number in range(1, 9)
+    ]
+    memory = Memory(1 << 30)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        assert len(snp._readable(made, memory)) == len(made)
+        gc.collect()
+        taken = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert 1 << 20 < taken <= memory._weight
+
+
+def test_a_remembered_signature_keeps_no_certificate(bench: Bench) -> None:
+    """It is charged for nothing but itself, so it holds nothing else."""
+    bench.verify()
+    kept = {what: value for (what, _), (_, value) in bench.memory._entries.items()}
+    assert kept["signed"] is True
+
+
+def test_a_log_takes_no_more_memory_than_it_is_charged_for() -> None:
+    """As above, for a guest that is enrolled and measures thousands of things of no size."""
+    header = b"Spec ID Event03\0" + struct.pack("<IBBBBIHHB", 0, 0, 2, 0, 2, 1, 0xB, 32, 0)
+    raw = struct.pack("<II20sI", 0, 3, bytes(20), len(header)) + header
+    raw += b"".join(
+        struct.pack("<IIIH", 4, 0xD, 1, 0xB) + hashlib.sha256(b"%d" % number).digest() + bytes(4)
+        for number in range(8000)
+    )
+    quoted = eventlog.replay(eventlog.parse(raw)).values
+    memory = Memory(1 << 30)
+    tracemalloc.start()
+    try:
+        logged = pipeline._verify_log(Trail(), raw, quoted, memory)
+        assert len(logged.described(4, 10_000)) == 8000
+        gc.collect()
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 1 << 20 < taken <= memory._weight
 
 
 def test_who_remembers_nothing_makes_everything(bench: Bench) -> None:

@@ -43,11 +43,11 @@ SVSM_FEATURES: Final = frozenset({"vtpm"})
 """The one set of SVSM build features that ``svsm-vtpm`` accepts: the vTPM is the only VMPL 0 attestation service,
 and it is ephemeral (PROTOCOL.md section 2)."""
 
-MOST_CERTIFICATES: Final = 4 << 20
+MOST_CERTIFICATES: Final = 32 << 20
 MOST_LOGS: Final = 48 << 20
-"""Bytes that are remembered of certificates and of event logs: the logs of some 250 VMs like Ubuntu's."""
-_PARSED: Final = 6
-"""Bytes that a byte of an event log takes once it is read and described, about."""
+"""Bytes that are remembered of certificates and of event logs: some 350 of AMD's, and the logs of some 250 VMs like Ubuntu's."""
+_EVENT: Final = 768
+"""Bytes that an event takes beside its data and its description, once it is read."""
 
 VMPL: Final = 0
 """Both kinds demand it: there the SVSM runs, or the whole guest where there is none."""
@@ -382,5 +382,7 @@ def _verify_log(trail: Trail, raw: bytes, governed: Mapping[int, bytes], logs: M
         log = None if known else eventlog.parse(raw)
     with trail.step("eventlog.replay", "a log that leads to the quoted values"):
         logged = known or LoggedBoot(eventlog.replay_to(log, governed))  # type: ignore[arg-type]  # parsed unless known
-    logs.keep(key, logged, _PARSED * len(raw))
+    if known is None:
+        events = sum(map(len, logged.events.values()))
+        logs.keep(key, logged, 2 * len(raw) + _EVENT * events)
     return logged

@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 _VEK_NAMES: Final = {"vcek": "SEV-VCEK", "vlek": "SEV-VLEK"}
 _CA_NAMES: Final = {"vcek": "SEV-", "vlek": "SEV-VLEK-"}
-_CERTIFICATE_WEIGHT: Final = 16 << 10
-"""Bytes that a certificate takes once it is read, at most."""
+_READ: Final = 64
+"""Bytes that a byte of a certificate takes once it is read, at most: names of two bytes become objects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _readable(certificates: Iterable[bytes], memory: Memory) -> list[Certificate
         try:
             readable.append(
                 memory.recall(
-                    "certificate", raw, weight=_CERTIFICATE_WEIGHT, make=partial(Certificate.parse, raw)
+                    "certificate", raw, weight=_READ * len(raw), make=partial(Certificate.parse, raw)
                 )
             )
         except Malformed:
@@ -220,8 +220,12 @@ def _build_chain(  # noqa: PLR0913 - what a chain is made of
 
 def _require_signed(certificate: Certificate, issuer: Certificate, memory: Memory) -> None:
     """Raise NotAuthentic unless an issuer signed a certificate: a matter of their bytes alone."""
-    make = partial(certificate.require_signed_by, issuer)
-    memory.recall("signed", issuer.raw, certificate.raw, weight=0, make=make)
+
+    def check() -> bool:
+        certificate.require_signed_by(issuer)
+        return True  # and not the certificate: it would be kept, and nobody would count it
+
+    memory.recall("signed", issuer.raw, certificate.raw, weight=0, make=check)
 
 
 def _signed(certificate: Certificate, issuer: Certificate, memory: Memory, reasons: list[str]) -> bool:
