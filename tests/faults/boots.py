@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from kagimori_simulator.world import VerifierAt, VolumeAt, World
 
 REFUSED = 1
 """Exit code of an agent that got a no."""
+PATIENT_S = 60
+"""How long a boot waits where its story is not about that: machines are busy."""
 HARDWARE = 5
 """Exit code of an agent whose TPM or report door failed."""
 
@@ -38,6 +41,16 @@ class Boot:
     proxy: TpmProxy | None
     config: Path
     programs: list[Program] = field(default_factory=list)
+
+    def give_time(self, seconds: int) -> None:
+        """Let the boot wait so long for its key, and for each attempt at it."""
+        text = re.sub(
+            r"^(boot_budget|attempt)_s = \d+$",
+            rf"\1_s = {seconds}",
+            self.config.read_text(),
+            flags=re.MULTILINE,
+        )
+        self.config.write_text(text)
 
     @property
     def vtpm(self) -> Vtpm:
@@ -110,6 +123,7 @@ def booted(launcher: Launcher, guest: Guest, root: AmdRoot, image: Path, directo
             proxy = stack.enter_context(TpmProxy.before(world.vtpm))
             config.write_text(config.read_text().replace(world.vtpm.tcti, proxy.tcti))
         boot = Boot(launcher, guest, owner, world, proxy, config)
+        boot.give_time(PATIENT_S)
         stack.callback(_end_all, boot)
         yield boot
     printed = [path for program in boot.programs for path in (program.stdout, program.stderr)]

@@ -119,7 +119,13 @@ def _watch_database(points: Points) -> None:
             )
 
     event.listen(Engine, "before_cursor_execute", before_statement)
-    points.around(Turns, "_take", "a turn to write is taken")
+    take = Turns._take
+
+    def taken(self: Turns, patience_s: float) -> None:
+        points.reach("before a turn to write is taken")
+        take(self, patience_s)
+
+    setattr(Turns, "_take", taken)  # noqa: B010 - a name that a type checker holds on to
     for name in ("do_commit", "do_rollback"):
         _watch_end(points, name, writing)
 
@@ -155,7 +161,7 @@ def _watch_verifier(points: Points) -> None:
         if scope["path"].startswith("/v1/"):
             points.reach("after the reply is sent")
 
-    setattr(server, "_answer", answered)  # noqa: B010 - a name that a type checker holds on to
+    setattr(server, "_answer", answered)  # noqa: B010 - as above
     setattr(starlette.responses.Response, "__call__", sent)  # noqa: B010 - as above
 
 
