@@ -20,6 +20,8 @@ from kagimori_protocol.errors import HardwareError
 from kagimori_simulator.configfs import ReportItem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kagimori_simulator.configfs import ConfigfsTsm
 
 DEVICE: Final = Path("/dev/kagimori-tsm")
@@ -31,8 +33,10 @@ ANSWER: Final = struct.Struct("<5I")
 SERVICE: Final = 1
 
 
-def serve(tsm: ConfigfsTsm, device: Path = DEVICE) -> None:
+def serve(tsm: ConfigfsTsm, device: Path = DEVICE, ready: Callable[[], None] = lambda: None) -> None:
     """Answer the kernel's requests until this process ends, or the device's other end does.
+
+    ``ready`` is called once the kernel has somebody to ask.
 
     Raises HardwareError if the device cannot be opened: it takes root and the module, and there is one daemon at a time.
     """
@@ -47,6 +51,7 @@ def serve(tsm: ConfigfsTsm, device: Path = DEVICE) -> None:
             todo="Run as root, after `insmod kagimori_tsm.ko`, and once.",
         ) from error
     try:
+        ready()
         while request := os.read(descriptor, REQUEST.size):
             # ESTALE: who asked has given up, which is no reason to stop.
             with contextlib.suppress(OSError):
