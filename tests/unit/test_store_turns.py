@@ -277,3 +277,16 @@ def test_a_storm_of_writers_keeps_every_change_and_shares_commits(store: Store, 
     assert kept(store, *done) == list(done)
     assert kept(store, *failed) == []
     assert len(commits) < len(done)
+
+
+def test_a_connection_that_another_thread_took_meanwhile_is_replaced(store: Store) -> None:
+    """Between a look and a grasp there may be another thread."""
+
+    class TakenMeanwhile(list[Any]):
+        def __bool__(self) -> bool:
+            return True
+
+    store._idle = TakenMeanwhile()
+    store.ping()
+    assert len(store._idle) == 1
+    store._idle = list(store._idle)

@@ -165,7 +165,10 @@ class Store:
         with _explained():
             self._require_same_file()
             # Of our own: taking one from SQLAlchemy's pool and giving it back costs as much as a transaction.
-            connection = self._idle.pop() if self._idle else self._engine.connect()
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # asked for, not looked at before: other threads take, too
+                connection = self._engine.connect()
             try:
                 with connection.begin():
                     if self._path is not None:
