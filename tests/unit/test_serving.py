@@ -142,3 +142,105 @@ def test_a_request_that_is_being_answered_is_left_alone(address: tuple[str, int]
                 assert part, answer
                 answer += part
             assert answer.startswith(b"HTTP/1.1 200")
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "endless"),
+    [
+        (CHUNKED + b"1\r\na\r\n0\r\n", b"a: b\r\n" * 1000),
+        (CHUNKED + b"1\r\na\r\n0\r\nX: ", b"a" * 6000),
+        (CHUNKED + b"1;", b"a" * 6000),
+        (CHUNKED, b"1;a=bbbbbbbbbbbbbbbbb\r\na\r\n" * 200),
+        (b"POST / HTTP/1.1\r\n", b"a: b\r\n" * 40_000 + b"\r\n"),
+        (b"POST /?", b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"),
+        (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000),
+    ],
+    ids=[
+        "trailers",
+        "a trailer",
+        "a chunk's extension",
+        "many of them",
+        "headers at once",
+        "a path at once",
+        "requests",
+    ],
+)
+def test_what_is_no_body_has_an_end(address: tuple[str, int], before: bytes, endless: bytes) -> None:
+    """Nothing that a sender may go on with is kept, or read, for ever: twenty bytes of trailers took five hundred."""
+    started, sent = time.monotonic(), 0
+    with socket.create_connection(address) as connection:
+        connection.settimeout(20 * PATIENCE_S)
+        with contextlib.suppress(OSError):  # closed before all of it was sent
+            connection.sendall(before)
+            while time.monotonic() - started < 20 * PATIENCE_S:
+                connection.sendall(endless)
+                sent += len(endless)
+                time.sleep(0.002)
+    assert time.monotonic() - started < 4 * PATIENCE_S
+    assert sent < 4 << 20
+
+
+def test_a_body_in_chunks_with_a_trailer_is_answered(address: tuple[str, int]) -> None:
+    """A proxy may cut a body as it likes."""
+    body = b"".join(b"400\r\n" + b"a" * 1024 + b"\r\n" for _ in range(1024))
+    with socket.create_connection(address) as connection:
+        connection.settimeout(20 * PATIENCE_S)
+        connection.sendall(CHUNKED + body + b"0\r\nX-Sum: 1\r\n\r\n")
+        got = b""
+        while len(got) < 1 << 20:
+            part = connection.recv(1 << 16)
+            assert part, got[:200]
+            got += part
+        assert got.startswith(b"HTTP/1.1 200")
+
+
+def test_requests_that_follow_each_other_at_once_are_answered_in_their_order(
+    address: tuple[str, int],
+) -> None:
+    """A few: HTTP allows it, though no agent does it."""
+    with socket.create_connection(address) as connection:
+        connection.settimeout(20 * PATIENCE_S)
+        connection.sendall(REQUEST + b"one." + REQUEST + b"two.")
+        got = b""
+        while not got.endswith(b"two."):
+            part = connection.recv(4096)
+            assert part, got
+            got += part
+        assert got.index(b"one.") < got.index(b"two.")
+
+
+def test_a_connection_too_many_is_not_kept(address: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file for each, and a process has few; whoever was there is served on."""
+    monkeypatch.setattr(serving, "MOST_CONNECTIONS", 3)
+    with contextlib.ExitStack() as all_of_them:
+        kept = [all_of_them.enter_context(socket.create_connection(address)) for _ in range(3)]
+        for one in kept:
+            one.settimeout(20 * PATIENCE_S)
+        kept[0].sendall(REQUEST)
+        time.sleep(PATIENCE_S / 6)
+        assert _ended_after_s(all_of_them.enter_context(socket.create_connection(address))) < PATIENCE_S / 2
+        kept[0].sendall(b"body")
+        assert kept[0].recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_a_connection_whose_answer_nobody_takes_is_given_up(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be closing for ever: there is something left to send, and nobody takes it."""
+    lost = threading.Event()
+    was_lost = serving.ImpatientProtocol.connection_lost
+
+    def connection_lost(self: serving.ImpatientProtocol, error: Exception | None) -> None:
+        was_lost(self, error)
+        lost.set()
+
+    monkeypatch.setattr(serving.ImpatientProtocol, "connection_lost", connection_lost)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(address)
+        body = b"a" * (12 << 20)
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert lost.wait(30 * PATIENCE_S)

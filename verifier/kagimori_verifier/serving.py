@@ -26,51 +26,104 @@ BACKLOG: Final = 256
 MAX_HEAD: Final = 16 << 10
 """Largest head of a request, in bytes."""
 CONNECTIONS: Final = 512
-"""Connections at once; beyond that, 503. Fewer than the files that a process may usually have open."""
+"""Connections at once; beyond that, 503."""
+MOST_CONNECTIONS: Final = 576
+"""Connections that are kept at all; fewer than the files that a process may usually have open."""
+AHEAD: Final = 4
+"""Requests that a connection may have sent ahead of the answers; an agent sends none."""
 
 
 class ImpatientProtocol(HttpToolsProtocol):
     """HTTP/1.1 that closes a connection whose request does not begin, or whose head does not end, in time and in size.
 
-    httptools (llhttp, the parser of Node.js) takes a third of the time that h11 does, and bounds no head by itself.
+    httptools (llhttp, the parser of Node.js) takes a third of the time that h11 does, and bounds nothing by itself: not
+    heads, not what may stand between and behind the chunks of a body, not requests that are sent ahead.
     """
 
-    _head: int | None = None
-    """Bytes that arrived since a head began which has not ended yet."""
+    _arriving: int = 0
+    """Bytes that are being parsed."""
+    _around: int = 0
+    """Bytes of a message that are no body. Where it began within what arrived, all of that counts, less its body."""
+    _told: int = 0
+    """Bytes of a message's path and headers, trailers among them, as the parser has told them."""
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to watch."""
         super().connection_made(transport)
-        self.loop.call_later(HEAD_S, self._look, self.cycle, True)  # noqa: FBT003 - nothing has been sent yet
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+            return
+        self._timer = self.loop.call_later(HEAD_S, self._look, self.cycle, True)  # noqa: FBT003 - nothing has been sent yet
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Watch no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take what arrived, unless a head has grown too large by it; where it began within ``data``, all of that counts."""
+        """Take what arrived, unless too much of a message is no body by now."""
+        self._arriving = len(data)
+        self._around += len(data)
         super().data_received(data)
-        if self._head is not None:
-            self._head += len(data)
-            if self._head > MAX_HEAD:
-                self.transport.close()
+        if self._around > MAX_HEAD:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what cannot be parsed, unless a request before it waits for its answer, and would get this one."""
+        cycle: RequestResponseCycle | None = self.cycle  # as in _look
+        if cycle is None or cycle.response_complete:
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         """Begin to count."""
-        self._head = 0
+        if len(self.pipeline) >= AHEAD:
+            raise _TooMuchError
+        self._around, self._told = self._arriving, 0
         super().on_message_begin()
 
-    def on_headers_complete(self) -> None:
+    def on_url(self, url: bytes) -> None:
+        """Count it."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count it; the parser hands trailers out as headers, too."""
+        self._count(len(name) + len(value) + len(b": \r\n"))
+        super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        """Count it as what it is; who takes it has a limit for it."""
+        self._around -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
         """Count no more."""
-        self._head = None
-        super().on_headers_complete()
+        self._around = 0
+        super().on_message_complete()
+
+    def _count(self, size: int) -> None:
+        self._told += size
+        if self._told > MAX_HEAD:
+            raise _TooMuchError
 
     def _look(self, before: object, waited: bool) -> None:  # noqa: FBT001 - whether the last look saw no request
-        if self.transport.is_closing():
+        if self.transport.is_closing():  # what was to be sent has not been taken
+            self._timer = self.loop.call_later(HEAD_S, self.transport.abort)
             return
         # uvicorn says that it is never None, and begins with None.
         cycle: RequestResponseCycle | None = self.cycle
         waits = cycle is None or cycle.response_complete
         if waits and waited and self.cycle is before:
             self.transport.close()
-        else:
-            self.loop.call_later(HEAD_S, self._look, self.cycle, waits)
+        self._timer = self.loop.call_later(HEAD_S, self._look, self.cycle, waits)
+
+
+class _TooMuchError(Exception):
+    """Stops the parser: a message has more around its body, or a connection more requests ahead, than anybody needs."""
 
 
 def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
