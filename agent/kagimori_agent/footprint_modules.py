@@ -14,7 +14,10 @@ from typing import Final
 from kagimori_protocol.errors import ImageError
 
 OWN_PACKAGES: Final = ("kagimori_agent", "kagimori_protocol")
-_PARTS_OF_PYTHON: Final = frozenset({"builtins", "sys", "_frozen_importlib", "_frozen_importlib_external"})
+_PARTS_OF_PYTHON: Final = frozenset(
+    {"builtins", "sys", "_frozen_importlib", "_frozen_importlib_external", "collections.abc"}
+)
+"""What needs no file. ``collections`` is its own ``abc`` in newer Pythons 3.13; in those before, there is a file, and it is found."""
 
 
 def find(name: str) -> ModuleSpec | None:

@@ -201,6 +201,15 @@ def test_a_module_that_is_not_installed_stops_everything() -> None:
     assert caught.value.found == "not requests.gone, nowhere"
 
 
+def test_a_module_that_its_package_makes_itself_needs_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.13.0 has a file collections/abc.py, that of Debian 13 has none; another's absence is still an error."""
+    assert footprint_modules.files(["collections.abc"])
+    monkeypatch.setattr(footprint_modules, "find", lambda _: None)
+    assert footprint_modules.files(["collections.abc"]) == {}
+    with pytest.raises(ImageError):
+        footprint_modules.files(["collections.abc", "collections"])
+
+
 def test_looking_a_module_up_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that starts something when imported does not start it while an initramfs is made."""
     (tmp_path / "loud").mkdir()
