@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import hmac
-import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from cryptography.hazmat.decrepit.ciphers.modes import CFB
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from tpm2_pytss.constants import TPM2_ALG, TPM2_GENERATED, TPM2_ST, TPMA_OBJECT
 from tpm2_pytss.TSS2_Exception import TSS2_Exception
 from tpm2_pytss.types import (
+    TPM2B_NAME,
+    TPM2B_PUBLIC,
     TPML_PCR_SELECTION,
     TPMS_ATTEST,
     TPMS_PCR_SELECTION,
     TPMT_PUBLIC,
     TPMT_SIGNATURE,
 )
+from tpm2_pytss.utils import make_credential as _make_credential
 
 from kagimori_protocol.errors import Malformed
 
@@ -50,12 +46,6 @@ EK_TEMPLATE_L1: Final = _EK_HEAD + bytes(EK_UNIQUE_SIZE)
 """TPMT_PUBLIC of the TCG's RSA 2048 EK template, 314 bytes; ``unique`` is zero in the template."""
 
 EK_SIZE: Final = len(EK_TEMPLATE_L1)
-
-SECRET_SIZE: Final = 32
-"""Largest secret of a credential in bytes: what SHA-256, the EK's nameAlg, gives."""
-_EXPONENT: Final = 65537
-_AES_SIZE: Final = 16
-_OAEP: Final = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), b"IDENTITY\x00")
 
 PCR_COUNT: Final = 24
 PCR_SELECT_SIZE: Final = PCR_COUNT // 8
@@ -235,20 +225,12 @@ class Attest:
 def make_credential(ek_public: bytes, name: bytes, secret: bytes) -> tuple[bytes, bytes]:
     """Seal ``secret`` (at most 32 bytes) so that only the TPM with this EK *and* an object of this name opens it.
 
-    Returns the marshalled TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET (TPM 2.0 part 1, section 24, and annex B.10.3). Random.
-    Raises Malformed if the EK is not of template L-1, or the secret too long.
+    Returns the marshalled TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET (TPM 2.0 part 1, section 24). Random.
+    Raises Malformed if the EK is not of template L-1.
     """
-    modulus = int.from_bytes(require_ek_l1(ek_public)[-EK_UNIQUE_SIZE:], "big")
-    if len(secret) > SECRET_SIZE:
-        raise Malformed(
-            "A secret does not fit a credential.",
-            code="credential.size",
-            expected=f"at most {SECRET_SIZE} bytes",
-            found=f"{len(secret)} bytes",
-        )
-    seed = secrets.token_bytes(SECRET_SIZE)
+    public = TPM2B_PUBLIC(publicArea=parse_public(require_ek_l1(ek_public)))
     try:
-        encrypted_seed = rsa.RSAPublicNumbers(_EXPONENT, modulus).public_key().encrypt(seed, _OAEP)
+        id_object, encrypted_secret = _make_credential(public, secret, TPM2B_NAME(name=name))
     except ValueError as error:
         raise Malformed(
             "No credential can be made for an EK.",
@@ -256,21 +238,7 @@ def make_credential(ek_public: bytes, name: bytes, secret: bytes) -> tuple[bytes
             found=str(error),
             expected="an RSA 2048 key",
         ) from error
-    encryptor = Cipher(AES(_kdfa(seed, b"STORAGE", name, _AES_SIZE)), CFB(bytes(_AES_SIZE))).encryptor()
-    identity = encryptor.update(_sized(secret)) + encryptor.finalize()
-    outer = hmac.digest(_kdfa(seed, b"INTEGRITY", b"", SECRET_SIZE), identity + name, "sha256")
-    return _sized(_sized(outer) + identity), _sized(encrypted_seed)
-
-
-def _kdfa(key: bytes, label: bytes, context: bytes, size: int) -> bytes:
-    """KDFa with SHA-256 for up to 32 bytes: its first block (TPM 2.0 part 1, section 11.4.10.2)."""
-    bits = (8 * size).to_bytes(4, "big")
-    return hmac.digest(key, b"\x00\x00\x00\x01" + label + b"\x00" + context + bits, "sha256")[:size]
-
-
-def _sized(part: bytes) -> bytes:
-    """Marshal a TPM2B."""
-    return len(part).to_bytes(2, "big") + part
+    return bytes(id_object.marshal()), bytes(encrypted_secret.marshal())
 
 
 def _exactly(structure: Any, raw: bytes, code: str) -> Any:  # noqa: ANN401 - tpm2-pytss's types carry no annotations

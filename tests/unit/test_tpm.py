@@ -250,16 +250,6 @@ def test_a_credential_opens_with_the_key_of_the_ek_and_is_bound_to_the_name() ->
     assert secret not in id_object
 
 
-def test_a_secret_that_no_tpm_could_give_back_is_refused() -> None:
-    """A TPM2B_DIGEST of the EK's nameAlg holds 32 bytes."""
-    modulus = rsa.generate_private_key(65537, 2048).public_key().public_numbers().n.to_bytes(256, "big")
-    ek = tpm.EK_TEMPLATE_L1[:-256] + modulus
-    tpm.make_credential(ek, tpm.object_name(EK), bytes(32))
-    with pytest.raises(Malformed) as caught:
-        tpm.make_credential(ek, tpm.object_name(EK), bytes(33))
-    refused(caught, "credential.size")
-
-
 def kdfa_hmac(seed: bytes, data: bytes) -> bytes:
     """HMAC-SHA256 under KDFa(seed, "INTEGRITY") (TPM 2.0 part 1, section 11.4.10.2)."""
     key = hmac.digest(seed, b"\x00\x00\x00\x01INTEGRITY\x00\x00\x00\x01\x00", "sha256")
