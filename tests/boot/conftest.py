@@ -11,8 +11,8 @@ import pytest
 from tests.boot import estate as estates
 from tests.boot.cache import Cache
 from tests.boot.estate import BOOT_S, Estate, Site, session_in
-from tests.boot.images import ROOT
 from tests.boot.machine import CODE, PROGRAMS, VARS
+from tests.boot.variants import INITRAMFS_TOOLS, ROOT, Variant
 
 IN_CI = os.environ.get("CI") == "true"
 
@@ -46,9 +46,16 @@ def _can_boot() -> None:
 
 
 @pytest.fixture(scope="session")
-def estate(_can_boot: None) -> Estate:
+def variant(request: pytest.FixtureRequest) -> Variant:
+    """Give the Debian that is booted; a module names another by an indirect parameter."""
+    named: Variant = getattr(request, "param", INITRAMFS_TOOLS)
+    return named
+
+
+@pytest.fixture(scope="session")
+def estate(_can_boot: None, variant: Variant) -> Estate:
     """Give the images, built or out of the cache."""
-    return estates.build(Cache(ROOT / ".dev" / "boot"))
+    return estates.build(Cache(ROOT / ".dev" / "boot"), variant)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from tests.boot import images, machine
 from tests.boot.cache import Cache
-from tests.boot.images import MEASUREMENT, PASSPHRASE, ROOT, Images
+from tests.boot.images import MEASUREMENT, PASSPHRASE, Images
+from tests.boot.variants import ROOT, Variant
 
 from kagimori_simulator.amd import AmdRoot
 from kagimori_simulator.commands import Commands, Done, ServedVerifier
@@ -20,7 +21,6 @@ from kagimori_simulator.commands import Commands, Done, ServedVerifier
 VM: Final = "web1"
 PROFILE: Final = "debian"
 FLOOR: Final = "Milan:boot_loader=4,tee=0,snp=24,microcode=219"
-CMDLINE: Final = "console=ttyS0 root=/dev/mapper/cryptroot ro panic=-1"
 
 LIMITS: Final = """
 [limits]
@@ -43,9 +43,9 @@ class Estate:
     verifier: Path
 
 
-def build(cache: Cache) -> Estate:
+def build(cache: Cache, variant: Variant) -> Estate:
     """Build it, or find it in the cache."""
-    built = images.build(cache)
+    built = images.build(cache, variant)
     rooms = [ROOT / name for name in ("verifier", "protocol", "pyproject.toml")]
     made_from = [built.volume.parent.name, built.amd_root.parent.name, *rooms, Path(__file__)]
     owner = cache.get("owner", made_from, lambda to: _build_owner(to, built))
@@ -111,13 +111,13 @@ class Site:
             yield served
 
     @contextmanager
-    def booted(self, verifier: str | None, cmdline: str = CMDLINE) -> Iterator[machine.Machine]:
-        """Switch the VM on."""
+    def booted(self, verifier: str | None, more: str = "") -> Iterator[machine.Machine]:
+        """Switch the VM on, with its variant's command line and ``more`` words on it."""
         with machine.start(
             self.directory / "vm",
             kernel=self.estate.images.kernel,
             initramfs=self.estate.initramfs,
-            cmdline=cmdline,
+            cmdline=f"{self.estate.images.variant.cmdline} {more}".rstrip(),
             disks=[
                 machine.Disk(self.estate.volume, "root"),
                 machine.Disk(self.estate.images.hardware, "snp"),

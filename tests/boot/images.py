@@ -1,8 +1,8 @@
 """Build what a test's machine boots: a real Debian's kernel and initramfs, an encrypted root, and simulated hardware.
 
 Four layers, each cached by the content of what it is made from: Debian as its mirror has it now; the agent in it, as a
-package would install it; the encrypted root; the disk that simulates SNP. The initramfs comes last, from the
-distribution's own mkinitramfs with our hook.
+package would install it; the encrypted root; the disk that simulates SNP. The first two are each variant's own, as is the
+initramfs, which comes last, from what the distribution makes one with.
 """
 
 from __future__ import annotations
@@ -19,24 +19,15 @@ from pathlib import Path
 from typing import Final
 
 from tests.boot.cache import Cache
+from tests.boot.variants import GUEST, INITRAMFS_TOOLS, ROOT, UUID, Variant, install
 
 from kagimori_simulator.amd import AmdRoot
 
-ROOT: Final = Path(__file__).parent.parent.parent
-GUEST: Final = Path(__file__).with_name("guest")
-HOOK: Final = ROOT / "initramfs-tools-hook"
-
-SUITE: Final = "bookworm"
-PACKAGES: Final = (
-    *("linux-image-cloud-amd64", "initramfs-tools", "cryptsetup-initramfs", "cryptsetup-bin", "udev", "kmod"),
-    *("busybox", "zstd", "python3", "libtss2-esys-3.0.2-0", "libtss2-tcti-device0", "libtss2-tctildr0"),
-    *("libtss2-mu0", "libtss2-rc0", "libtss2-fapi1", "libtss2-sys1", "fuse3", "libfuse3-3"),
-)
-UUID: Final = "5c9e7a10-3d0f-4b7a-9a51-0c6b7d1e2f30"
-"""Of the encrypted root."""
 PASSPHRASE: Final = b"the installer's passphrase"
 SECRET: Final = "what only the encrypted root holds"
 MEASUREMENT: Final = "c0" * 48
+_OS_RELEASE: Final = "ID=kagimori-test\n"
+"""systemd goes over to no root without it."""
 
 _PYTHON: Final = "usr/lib/kagimori/python"
 _LAUNCHER: Final = f"""\
@@ -62,6 +53,7 @@ _TIMEOUT_S: Final = 900
 class Images:
     """What is built: ``chroot`` is Debian with the agent, ``hardware`` the simulating disk, ``volume`` the encrypted root."""
 
+    variant: Variant
     chroot: Path
     kernel: Path
     hardware: Path
@@ -70,30 +62,23 @@ class Images:
     chip_id: str
 
 
-def build(cache: Cache) -> Images:
-    """Build everything that does not depend on a verifier."""
-    debian = cache.get("debian", _debian_inputs(), _build_debian)
-    wheels = cache.get(
-        "wheels", [ROOT / "requirements/agent.txt", ROOT / "requirements/dev.txt", sys.version], _build_wheels
-    )
-    rooms = [ROOT / name for name in ("agent", "protocol", "simulator", "pyproject.toml")]
-    agent = cache.get(
-        "agent",
-        [debian.name, wheels.name, *rooms, HOOK, GUEST, UUID],
-        lambda to: _build_agent(to, debian, wheels),
-    )
+def build(cache: Cache, variant: Variant) -> Images:
+    """Build everything that does not depend on a verifier. Hardware and root are the same for all variants."""
+    first, base = _build_base(cache, INITRAMFS_TOOLS)
+    _, own = (first, base) if variant is INITRAMFS_TOOLS else _build_base(cache, variant)
     amd = cache.get("amd", ["1"], _build_amd)
     hardware = cache.get(
-        "hardware", [agent.name, amd.name, "1"], lambda to: _build_hardware(to, agent / "root", amd)
+        "hardware", [base.name, amd.name, "1"], lambda to: _build_hardware(to, base / "root", amd)
     )
     volume = cache.get(
         "volume",
-        [debian.name, GUEST / "init", UUID, PASSPHRASE, SECRET],
-        lambda to: _build_volume(to, debian / "root"),
+        [first.name, GUEST / "init", UUID, PASSPHRASE, SECRET, _OS_RELEASE],
+        lambda to: _build_volume(to, first / "root"),
     )
     return Images(
-        agent / "root",
-        _kernel(agent / "root"),
+        variant,
+        own / "root",
+        _kernel(own / "root"),
         hardware / "disk.img",
         volume / "disk.img",
         amd / "root",
@@ -101,8 +86,25 @@ def build(cache: Cache) -> Images:
     )
 
 
+def _build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
+    """Build a variant's Debian, and the same with the agent; gives the directories of both."""
+    debian = cache.get(
+        f"{variant.name}.debian", _debian_inputs(variant), lambda to: _build_debian(to, variant)
+    )
+    wheels = cache.get(
+        "wheels", [ROOT / "requirements/agent.txt", ROOT / "requirements/dev.txt", sys.version], _build_wheels
+    )
+    rooms = [ROOT / name for name in ("agent", "protocol", "simulator", "pyproject.toml")]
+    agent = cache.get(
+        f"{variant.name}.agent",
+        [debian.name, wheels.name, *rooms, *variant.rooms, UUID],
+        lambda to: _build_agent(to, debian, wheels, variant),
+    )
+    return debian, agent
+
+
 def build_initramfs(cache: Cache, images: Images, agent_toml: str) -> Path:
-    """Make an initramfs for this agent.toml with the distribution's mkinitramfs and our hook; gives its path."""
+    """Make an initramfs for this agent.toml with what the distribution makes one with; gives its path."""
 
     def make(to: Path) -> None:
         chroot = to / "root"
@@ -110,24 +112,26 @@ def build_initramfs(cache: Cache, images: Images, agent_toml: str) -> Path:
         (chroot / "etc/kagimori").mkdir()
         (chroot / "etc/kagimori/agent.toml").write_text(agent_toml, encoding="utf-8")
         release = images.kernel.name.removeprefix("vmlinuz-")
-        with (to / "mkinitramfs.log").open("wb") as log:
-            _in_chroot(chroot, ["mkinitramfs", "-o", "/made.img", release], log.fileno())
+        command = [release if word == "KERNEL" else word for word in images.variant.make]
+        with (to / "make.log").open("w+b") as log:
+            _in_chroot(chroot, command, log.fileno())
         shutil.move(chroot / "made.img", to / "initrd.img")
         shutil.rmtree(chroot)
 
-    return cache.get("initramfs", [images.chroot.parent.name, agent_toml], make) / "initrd.img"
+    made_from = [images.chroot.parent.name, *images.variant.make, agent_toml]
+    return cache.get(f"{images.variant.name}.initramfs", made_from, make) / "initrd.img"
 
 
-def _debian_inputs() -> list[object]:
+def _debian_inputs(variant: Variant) -> list[object]:
     """Give what Debian is made from: our list, and the state of the archive that this machine's apt has seen last."""
-    lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{SUITE}*_InRelease"))
+    lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{variant.suite}*_InRelease"))
     if not lists:
         _run(["apt-get", "update", "-qq"])
-        lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{SUITE}*_InRelease"))
-    return [SUITE, *PACKAGES, *lists]
+        lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{variant.suite}*_InRelease"))
+    return [variant.suite, *variant.packages, *lists]
 
 
-def _build_debian(to: Path) -> None:
+def _build_debian(to: Path, variant: Variant) -> None:
     """Install Debian from the mirrors of this machine's own apt configuration."""
     quiet = ["man", "locale", "doc"]
     _run(
@@ -136,23 +140,23 @@ def _build_debian(to: Path) -> None:
             '--aptopt=Acquire::Languages "none"',
             *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in quiet),
             *_apt_options(),
-            f"--include={','.join(PACKAGES)}",
-            *(SUITE, str(to / "root"), *_sources()),
+            f"--include={','.join(variant.packages)}",
+            *(variant.suite, str(to / "root"), *_sources(variant.suite)),
         ]
     )
 
 
-def _sources() -> list[str]:
+def _sources(suite: str) -> list[str]:
     """Name the files that say where this machine's Debian comes from."""
     places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     found = [
         path
         for path in places
-        if path.suffix in {".list", ".sources"} and path.is_file() and SUITE in path.read_text()
+        if path.suffix in {".list", ".sources"} and path.is_file() and suite in path.read_text()
     ]
     if not found:
         raise AssertionError(
-            f"this machine's apt has no source of {SUITE}: boot tests take their Debian from there"
+            f"this machine's apt has no source of {suite}: boot tests take their Debian from there"
         )
     return list(map(str, found))
 
@@ -181,43 +185,21 @@ def _build_wheels(to: Path) -> None:
     _run([*locked, "-r", str(ROOT / "requirements/agent.txt"), "-w", str(to)], CFLAGS="-O0 -g0")
 
 
-def _build_agent(to: Path, debian: Path, wheels: Path) -> None:
-    """Put the agent and the hook where a package would put them."""
+def _build_agent(to: Path, debian: Path, wheels: Path, variant: Variant) -> None:
+    """Put the agent and what runs it where a package would put them."""
     chroot = to / "root"
     _copy_tree(debian / "root", chroot)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     _run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(to / "own"), str(ROOT)])
-    install = [
-        *pip,
-        "install",
-        "--no-deps",
-        "--no-index",
-        "--no-compile",
-        "--root-user-action=ignore",
-        "--target",
-    ]
-    _run(
-        [
-            *install,
-            str(chroot / _PYTHON),
-            *map(str, wheels.iterdir()),
-            *map(str, (to / "own").iterdir()),
-        ]
-    )
+    into = ["--target", str(chroot / _PYTHON), *map(str, wheels.iterdir()), *map(str, (to / "own").iterdir())]
+    _run([*pip, "install", "--no-deps", "--no-index", "--no-compile", "--root-user-action=ignore", *into])
     mfusepy = find_spec("mfusepy")
     assert mfusepy is not None
     assert mfusepy.origin is not None
-    _install(Path(mfusepy.origin), chroot / "simulated/packages/mfusepy.py")
+    install(Path(mfusepy.origin), chroot / "simulated/packages/mfusepy.py")
     _write(chroot / "usr/bin/kagimori-agent", _LAUNCHER, 0o755)
-    scripts = chroot / "usr/share/initramfs-tools/scripts"
-    _install(HOOK / "hook", chroot / "usr/share/initramfs-tools/hooks/kagimori")
-    for stage in ("init-premount", "init-bottom", "panic"):
-        _install(HOOK / "scripts" / stage, scripts / stage / "kagimori")
-    for script in (HOOK / "common").iterdir():
-        _install(script, chroot / "usr/lib/kagimori/boot" / script.name)
-    _install(GUEST / "hook", chroot / "etc/initramfs-tools/hooks/simulated-snp")
-    _install(GUEST / "device", chroot / "etc/initramfs-tools/scripts/init-top/simulated-snp")
-    _install(GUEST / "serve.py", chroot / "simulated/serve.py")
+    variant.place(chroot)
+    install(GUEST / "serve.py", chroot / "simulated/serve.py")
     _write(chroot / "etc/crypttab", f"cryptroot UUID={UUID} none luks,initramfs\n", 0o644)
     _write(chroot / "etc/fstab", "/dev/mapper/cryptroot / ext4 ro 0 1\n", 0o644)
 
@@ -262,8 +244,9 @@ def _build_volume(to: Path, debian: Path) -> None:
             shutil.copy2(debian / library.relative_to("/"), target)
     for applet in ("cat", "poweroff", "sed", "sh"):
         (tree / "bin" / applet).symlink_to("busybox")
-    _install(GUEST / "init", tree / "sbin/init")
+    install(GUEST / "init", tree / "sbin/init")
     (tree / "secret").write_text(SECRET, encoding="utf-8")
+    (tree / "etc/os-release").write_text(_OS_RELEASE, encoding="utf-8")
     image = to / "disk.img"
     _make_ext4(tree, image, "48M")
     with image.open("r+b") as file:
@@ -287,12 +270,6 @@ def _make_ext4(tree: Path, image: Path, size: str) -> None:
 def _kernel(chroot: Path) -> Path:
     (kernel,) = (chroot / "boot").glob("vmlinuz-*")
     return kernel
-
-
-def _install(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source, target)
-    target.chmod(0o755)
 
 
 def _write(target: Path, text: str, mode: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.boot.estate import BOOT_S, CMDLINE, Site, session_in
-from tests.boot.images import SECRET, UUID
+from tests.boot.estate import BOOT_S, Site, session_in
+from tests.boot.images import SECRET
+from tests.boot.variants import UUID
 
 from kagimori_agent.cap import CAPPED
 
@@ -40,7 +41,7 @@ def test_an_accepted_boot_gets_its_key_and_reaches_its_root(site: Site) -> None:
 
 def test_a_changed_command_line_is_refused_with_its_reason(site: Site) -> None:
     """A host that adds a word gets a machine that is capped and off, and the owner reads which PCR differs."""
-    with site.serving() as served, site.booted(served.url, f"{CMDLINE} init=/bin/sh") as machine:
+    with site.serving() as served, site.booted(served.url, "init=/bin/sh") as machine:
         machine.wait_off(BOOT_S)
     lines = machine.said("")
     assert not machine.said("root reached|cryptroot: mapped|initramfs\\)")
