@@ -28,6 +28,8 @@ WITHIN: Final[dict[str, str]] = {
     "pcr-selection.layout": "quote.pcr-selection",
     "public.layout": "ak.layout",
     "public.name-alg": "ak.layout",
+    "quote.magic": "quote.layout",
+    "quote.type": "quote.layout",
     "report.reserved": "report.layout",
     "report.size": "report.layout",
     "report.version": "report.layout",
