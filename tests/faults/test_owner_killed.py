@@ -30,7 +30,7 @@ PASSPHRASE = b"the installer's passphrase"
 BY_CHANCE = {"created", "hash", "previous", "wrapped", "public", "key_id", "id"}
 """Columns that differ from run to run: clocks, random keys, and what follows from them."""
 PARTS = 4
-"""Into how many tests the points of the longest verb are divided, for those who test in parallel."""
+"""Into how many tests the points of the longest verbs are divided, for those who test in parallel."""
 
 BEFORE: tuple[tuple[str, ...], ...] = (
     ("profile", "add", "debian", "--boot-way", "grub", "--tcb-floor", FLOOR),
@@ -237,14 +237,15 @@ def test_a_volume_add_killed_at_any_step_loses_no_key_and_is_completed_by_the_sa
         image.image.unlink()
 
 
+@pytest.mark.parametrize("part", range(PARTS))
 def test_an_init_killed_at_any_step_is_completed_by_the_same_words(
-    launcher: Launcher, tmp_path: Path
+    launcher: Launcher, part: int, tmp_path: Path
 ) -> None:
     """Power fails in the minute of the installation: the owner runs init again, and has a whole verifier."""
     words = ("--json", "init", "--dir")
     whole = launcher.run("verifier", *words, tmp_path / "whole", record=tmp_path / "record")
     assert whole.code == 0
-    for number, point in enumerate(points(tmp_path / "record")):
+    for number, point in list(enumerate(points(tmp_path / "record")))[part::PARTS]:
         directory = tmp_path / str(number)
         killed = launcher.run("verifier", *words, directory, at=point)
         assert killed.code == -signal.SIGKILL, point
