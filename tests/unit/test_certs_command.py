@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shlex
 import subprocess
 import sys
 import uuid
@@ -212,3 +213,29 @@ def test_as_a_process_a_reader_that_has_gone_is_no_traceback(vectors: Path) -> N
     )
     assert refused.returncode == 2
     assert b"expected: 1184 bytes" in refused.stderr
+
+
+@pytest.mark.parametrize("form", ["--json", ""])
+@pytest.mark.parametrize("end", ["a pipe that nobody reads", "closed"])
+def test_as_a_process_a_verdict_is_the_exit_code_whoever_listens(
+    end: str, form: str, vectors: Path, tmp_path: Path
+) -> None:
+    """``... | grep -q`` under pipefail, or ``>&-``: what does not hold must not pass for what holds."""
+    broken = tmp_path / "log.bin"
+    broken.write_bytes((vectors / "eventlog" / "rhel8-uefi.bin").read_bytes()[:-1])
+    whole = vectors / "eventlog" / "ubuntu-2404-amd-sevsnp.bin"
+    pcrs = whole.with_name(f"{whole.name}.pcrs.json")
+    for words, code in (((broken,), 1), ((whole, "--pcrs", pcrs), 0), ((tmp_path / "absent",), 2)):
+        command = [sys.executable, "-m", "kagimori_verifier", "eventlog", "replay", *map(str, words), form]
+        shell = " ".join(map(shlex.quote, filter(None, command)))
+        if end == "closed":
+            done = subprocess.run(["sh", "-c", f"{shell} >&-"], capture_output=True, text=True, check=False)
+        else:
+            reader, writer = os.pipe()
+            os.close(reader)
+            with os.fdopen(writer, "wb") as stdout:
+                done = subprocess.run(
+                    ["sh", "-c", shell], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+                )
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr

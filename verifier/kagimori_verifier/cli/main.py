@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import KagimoriError, OperatorError
-from kagimori_verifier.cli.output import CONFIG_HELP, EXIT_CODES, JSON_HELP, NAME, Output, Parser, group
+from kagimori_verifier.cli.output import (
+    CONFIG_HELP,
+    EXIT_CODES,
+    JSON_HELP,
+    NAME,
+    Output,
+    Parser,
+    close_stdout,
+    group,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CONFIG_VARIABLE: Final = "KAGIMORI_VERIFIER_CONFIG"
+DOES_NOT_HOLD: Final = 1
 INTERRUPTED: Final = 130
 
 MODULES: Final = {
@@ -49,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = _verb(words)
     judging = MODULES.get(verb) == "evidence"
     output = Output(as_json="--json" in words, judging=judging)
-    code = 0
+    code = DOES_NOT_HOLD if judging else 0  # until there is a verdict, there is none
     try:
         try:
             options = parser(verb).parse_args(words)
@@ -62,19 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output.error(error)
         except KeyboardInterrupt:
             return INTERRUPTED
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
     except BrokenPipeError:
-        _close_stdout()  # whoever read our output has seen enough
+        close_stdout()  # whoever read our output has seen enough
     except OSError as error:
-        _close_stdout()
+        close_stdout()
         output.note(f"what was to be told could not be written: {error.strerror}")
         return OperatorError.exit_code
     return code
-
-
-def _close_stdout() -> None:
-    """Let Python not complain once more while it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _default_config() -> Path:

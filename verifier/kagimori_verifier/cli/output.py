@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -88,12 +89,15 @@ class Output:
         self._judging = judging
 
     def result(self, value: Any, *lines: str) -> None:  # noqa: ANN401 - whatever JSON can hold
-        """Print ``value`` as JSON, or the lines for a person."""
-        if self.as_json:
-            print(json.dumps(value, indent=2), flush=True)
-        else:
-            for line in lines:
-                print(printable(line))
+        """Print ``value`` as JSON, or the lines for a person. Whoever reads may have gone; a verdict stands all the same."""
+        try:
+            if self.as_json:
+                print(json.dumps(value, indent=2), flush=True)
+            else:
+                for line in lines:
+                    print(printable(line))
+        except BrokenPipeError:
+            close_stdout()
 
     def rows(self, rows: Sequence[Mapping[str, Any]], *columns: str, none: str) -> None:
         """Print rows as a JSON array, or as a table of some columns; ``none`` says that there are none."""
@@ -116,6 +120,12 @@ class Output:
     def note(self, text: str) -> None:
         """Tell a person something beside the result."""
         print(f"{NAME}: {printable(text)}", file=sys.stderr)
+
+
+def close_stdout() -> None:
+    """Let nothing more be told, and Python not complain once more while it exits."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:
