@@ -226,6 +226,26 @@ def test_a_connection_too_many_is_not_kept(address: tuple[str, int], monkeypatch
         assert kept[0].recv(4096).startswith(b"HTTP/1.1 200")
 
 
+def test_one_source_does_not_take_all_connections(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one sender with a few hundred idle ones is the only one that is served."""
+    monkeypatch.setattr(serving, "PER_SOURCE", 2)
+    with contextlib.ExitStack() as all_of_them:
+        for _ in range(2):
+            all_of_them.enter_context(socket.create_connection(address))
+        time.sleep(PATIENCE_S / 6)
+        assert _ended_after_s(all_of_them.enter_context(socket.create_connection(address))) < PATIENCE_S / 2
+        other = all_of_them.enter_context(socket.create_connection(address, source_address=("127.0.0.2", 0)))
+        other.settimeout(20 * PATIENCE_S)
+        other.sendall(REQUEST + b"body")
+        assert other.recv(4096).startswith(b"HTTP/1.1 200")
+    with socket.create_connection(address) as again:
+        again.settimeout(20 * PATIENCE_S)
+        again.sendall(REQUEST + b"body")
+        assert again.recv(4096).startswith(b"HTTP/1.1 200")
+
+
 def test_a_connection_whose_answer_nobody_takes_is_given_up(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

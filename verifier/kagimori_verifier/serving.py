@@ -10,6 +10,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from kagimori_protocol.errors import OperatorError
+from kagimori_verifier.limits import source_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -29,6 +30,8 @@ CONNECTIONS: Final = 512
 """Connections at once; beyond that, 503."""
 MOST_CONNECTIONS: Final = 576
 """Connections that are kept at all; fewer than the files that a process may usually have open."""
+PER_SOURCE: Final = 128
+"""Connections of one source: it takes several to be in everybody's way. Room for a proxy, which is one source."""
 AHEAD: Final = 4
 """Requests that a connection may have sent ahead of the answers; an agent sends none."""
 
@@ -47,11 +50,14 @@ class ImpatientProtocol(HttpToolsProtocol):
     _told: int = 0
     """Bytes of a message's path and headers, trailers among them, as the parser has told them."""
     _timer: asyncio.TimerHandle | None = None
+    _source: str = ""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Begin to watch."""
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
+        self._source = source_of(self.client[0] if self.client else "unknown")
+        of_this_source = sum(getattr(one, "_source", None) == self._source for one in self.connections)
+        if len(self.connections) > MOST_CONNECTIONS or of_this_source > PER_SOURCE:
             transport.abort()
             return
         self._timer = self.loop.call_later(HEAD_S, self._look, self.cycle, True)  # noqa: FBT003 - nothing has been sent yet
