@@ -287,4 +287,6 @@ def test_no_unit_waits_for_what_waits_for_it() -> None:
         assert "\nDefaultDependencies=no\n" in text
         assert "network-online" not in text
     after = re.findall(r"^After=(.*)$", (MODULE / "kagimori-unlock.service").read_text(), re.MULTILINE)
+    # It extends PCR 11 beside any log; in no order, a boot would match its reference values or not by chance.
+    assert "\nBefore=systemd-pcrphase-initrd.service\n" in (MODULE / "kagimori-unlock.service").read_text()
     assert after == ["systemd-modules-load.service systemd-udevd.service systemd-udev-trigger.service"]
