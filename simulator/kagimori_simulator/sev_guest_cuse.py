@@ -6,7 +6,8 @@ and a server asks for memory by answering FUSE_IOCTL_RETRY with a list of pieces
 1. nothing copied: ask for the 32 bytes of the argument
 2. the argument: ask for what its req_data points to, 96 or 112 bytes by the command
 3. the request: let the driver work, and ask for room for exactly what it writes (certificates, response, and argument, each
-   only where it does), since a piece that is offered is overwritten from its start
+   only where it does), since a piece that is offered is overwritten from its start; and for the argument once more, as
+   fuse_do_ioctl does not forget that there was something to copy in
 4. room: answer with all of that
 
 So each piece is read once, whoever changes it meanwhile. The driver is run again after 1 and 2, which has no effect until it
@@ -150,7 +151,9 @@ class CuseServer(Server):
                 call.awaited = missing.piece
                 return 0, _retry([missing.piece], [])
             if call.written:
-                return 0, _retry([], [(address, len(data)) for address, data in call.written])
+                room = [(address, len(data)) for address, data in call.written]
+                # Without anything to copy in, Linux would send us its own last pages in place of what we need to know.
+                return 0, _retry([(argument_at, ARGUMENT.size)], room)
         self._calls.pop((handle, pid), None)
         return 0, IOCTL_OUT.pack(call.result or 0, 0, 0, 0) + b"".join(data for _, data in call.written)
 

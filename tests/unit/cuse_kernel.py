@@ -89,6 +89,7 @@ class Kernel:
 
     def ioctl(self, handle: int, command: int, argument_at: int, flags: int = UNRESTRICTED) -> int:
         """Do what fuse_do_ioctl does; gives the result or a negative errno."""
+        in_pages, page = False, b""
         wanted: Sequence[tuple[int, int]] = ()
         room: Sequence[tuple[int, int]] = ()
         while True:
@@ -99,12 +100,16 @@ class Kernel:
             out_size = sum(size for _, size in room)
             self.rounds.append((len(data), out_size))
             head = struct.pack("<QIIQII", handle, flags, command, argument_at, len(data), out_size)
+            # ap.args.in_pages is never cleared: once it is set, the last thing sent comes from the pages, whatever it is.
+            in_pages = in_pages or bool(data)
             try:
-                answer = self.ask(IOCTL, head + data)
+                answer = self.ask(
+                    IOCTL, head + data if data or not in_pages else page.ljust(len(head), b"\0")[: len(head)]
+                )
             except FuseError as error:
                 return -errno.ENOTTY if error.errno == errno.ENOSYS else -(error.errno or 0)
             result, said, in_iovs, out_iovs = struct.unpack_from("<iIII", answer)
-            body = answer[16:]
+            body = page = answer[16:]
             if not said & RETRY:
                 return -errno.EIO if len(body) > out_size else self._copy_out(room, body) or int(result)
             pieces = list(struct.iter_unpack("<QQ", body))
