@@ -132,7 +132,9 @@ class Launcher:
         arguments = ("--json", "--config", directory / "verifier.toml", "serve")
         program = self.start("verifier", *arguments, **failpoints)
         try:
-            yield program.told()["url"], program
+            told = program.told()
+            assert "url" in told, told
+            yield told["url"], program
         finally:
             program.end()
 
