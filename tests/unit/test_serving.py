@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -33,7 +41,13 @@ async def _slow(request: Request) -> Response:
 def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Give the address of a server with little patience."""
     monkeypatch.setattr(serving, "HEAD_S", PATIENCE_S)
-    server = uvicorn.Server(
+    with _served() as at:
+        yield at
+
+
+@contextlib.contextmanager
+def _served(**options: Any) -> Iterator[tuple[str, int]]:  # noqa: ANN401 - uvicorn's
+    server = serving.ImpatientServer(
         uvicorn.Config(
             Starlette(routes=[Route("/", _slow, methods=["POST"])]),
             host="127.0.0.1",
@@ -42,6 +56,7 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
             log_config=None,
             lifespan="off",
             ws="none",
+            **options,
         )
     )
     thread = threading.Thread(target=server.run, daemon=True)
@@ -244,6 +259,28 @@ def test_one_source_does_not_take_all_connections(
         again.settimeout(20 * PATIENCE_S)
         again.sendall(REQUEST + b"body")
         assert again.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_a_handshake_that_never_ends_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TLS comes before HTTP, and so does whoever only begins it; an honest one is served meanwhile."""
+    monkeypatch.setattr(serving, "HEAD_S", PATIENCE_S)
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = dt.datetime.now(dt.UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + dt.timedelta(days=1))
+    pem = tmp_path / "pem"
+    pem.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        + made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    )
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    with _served(ssl_certfile=pem) as at, socket.create_connection(at) as half:
+        with socket.create_connection(at) as plain, trusting.wrap_socket(plain) as whole:
+            whole.sendall(REQUEST + b"body")
+            assert whole.recv(4096).startswith(b"HTTP/1.1 200")
+        assert _ended_after_s(half) < 5 * PATIENCE_S
 
 
 def test_a_connection_whose_answer_nobody_takes_is_given_up(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import signal
 import socket
 from typing import TYPE_CHECKING, Final
@@ -13,7 +15,6 @@ from kagimori_protocol.errors import OperatorError
 from kagimori_verifier.limits import source_of
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from kagimori_verifier.app import Verifier
@@ -132,6 +133,18 @@ class _TooMuchError(Exception):
     """Stops the parser: a message has more around its body, or a connection more requests ahead, than anybody needs."""
 
 
+class ImpatientServer(uvicorn.Server):
+    """Gives a TLS handshake as much time as a head. The protocol hears of a connection only behind it."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. uvicorn has no setting for this, and asyncio's own is a minute."""
+        if self.config.is_ssl:
+            loop = asyncio.get_running_loop()
+            impatient = functools.partial(loop.create_server, ssl_handshake_timeout=HEAD_S)
+            loop.create_server = impatient  # type: ignore[method-assign]  # of this loop, which only serves
+        await super().startup(sockets)
+
+
 def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; requests under way are finished. ``listening`` gets the URL once it is bound.
 
@@ -166,7 +179,7 @@ def serve(verifier: Verifier, listening: Callable[[str], None]) -> None:
             expected="PEM files named by [tls] in verifier.toml",
             found=str(error.strerror or error),
         ) from error
-    server = uvicorn.Server(config)
+    server = ImpatientServer(config)
 
     def end(_number: int, _frame: object) -> None:
         server.should_exit = True
