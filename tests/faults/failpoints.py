@@ -173,6 +173,7 @@ def _watch_owner(points: Points) -> None:
     points.around(sqlite, "create_file", "the database's file is made")
     points.around(Path, "mkdir", "a directory is made")
     points.around(Path, "rename", "a file gets its name")
+    points.around(Path, "replace", "a file takes another's place")
     points.around(os, "fsync", "a file is synchronised")
 
 

@@ -237,6 +237,27 @@ def test_a_volume_add_killed_at_any_step_loses_no_key_and_is_completed_by_the_sa
         image.image.unlink()
 
 
+def test_an_import_killed_at_any_step_keeps_whole_files_only_and_lists_no_other(
+    desk: Desk, amd: AmdRoot, tmp_path: Path
+) -> None:
+    """Half a certificate is never read, nor named among those that are kept; the same words complete it."""
+    words = ("endorsements", "import")
+    bundle = [tmp_path / "ark.der", tmp_path / "ask.der"]
+    for path, der in zip(bundle, (amd.ark_der, amd.ask_der), strict=True):
+        path.write_bytes(der)
+    files = tuple(map(str, bundle))
+    whole = desk.copy("whole")
+    assert whole.run(*words, *files, record=tmp_path / "record").code == 0
+    kept = whole.good("endorsements", "list")
+    assert len(kept) == len(bundle)
+    for number, point in enumerate(points(tmp_path / "record")):
+        killed = desk.copy(str(number))
+        assert killed.run(*words, *files, at=point).code == -signal.SIGKILL, point
+        assert all(one in kept for one in killed.good("endorsements", "list")), point
+        killed.good(*words, *files)
+        assert killed.good("endorsements", "list") == kept, point
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 def test_an_init_killed_at_any_step_is_completed_by_the_same_words(
     launcher: Launcher, part: int, tmp_path: Path

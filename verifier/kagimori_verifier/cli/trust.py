@@ -14,7 +14,7 @@ from kagimori_verifier.cli import arguments
 from kagimori_verifier.cli.access import exists, now_s, opened, reading, unknown, writing
 from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
-from kagimori_verifier.endorsements.directory import EndorsementDirectory
+from kagimori_verifier.endorsements.directory import UNFINISHED, EndorsementDirectory
 from kagimori_verifier.roots import AMD_ROOTS, PRODUCTS
 from kagimori_verifier.store import roots
 from kagimori_verifier.verify.certificate import Certificate
@@ -119,6 +119,7 @@ def _list(options: argparse.Namespace, output: Output) -> int:
         rows = [
             {"file": str(path.relative_to(directory)), "bytes": path.stat().st_size}
             for path in sorted(directory.rglob("*.der"))
+            if not path.parent.name.startswith(UNFINISHED)
         ]
     output.rows(rows, "file", "bytes", none="nothing is kept")
     return 0

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAX_FILE: Final = 1 << 20
+UNFINISHED: Final = ".new-"
+"""How directories begin in which files are being written, or were when somebody was killed."""
 _WANTED: Final = "certificates or revocation lists (PEM or DER), or a table of them"
 
 
@@ -82,7 +84,7 @@ class EndorsementDirectory:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Only what is whole gets its name; whatever happens, nothing unfinished stays.
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as unfinished:
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as unfinished:
                 new = Path(unfinished) / path.name
                 with new.open("wb") as file:
                     file.write(der)
