@@ -27,8 +27,8 @@ class Scale:
     """How long to measure."""
 
     rounds: int = 3
-    seconds: float = 4.0
-    warm_s: float = 2.0
+    seconds: float = 3.0
+    warm_s: float = 1.5
     bare_s: float = 1.0
     sizes: tuple[int, ...] = SIZES
 
