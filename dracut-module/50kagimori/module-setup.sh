@@ -164,6 +164,7 @@ kagimori_install_units() {
         kagimori_copy "$moddir/cryptsetup.conf" "${drop_ins#"$initdir"}/$unit.d/50-kagimori.conf"
     done
     inst_hook initqueue/settled 99 "$moddir/patience-hook.sh"
+    kagimori_copy "$moddir/modprobe.conf" /etc/modprobe.d/kagimori.conf
 }
 
 # Installs the hooks, and puts our cryptroot-ask before dracut's.

@@ -1,23 +1,25 @@
-"""Debian with dracut and systemd in its initramfs boots from its encrypted root, or does not, and says why."""
+"""Debian with dracut boots from its encrypted root, with systemd in the initramfs or without, or does not, and says why."""
 
 from __future__ import annotations
 
 import pytest
 from tests.boot.estate import BOOT_S, Site, session_in
 from tests.boot.images import SECRET
-from tests.boot.variants import DRACUT, UUID
+from tests.boot.variants import DRACUT, DRACUT_WITHOUT_SYSTEMD, UUID, Variant
 
 from kagimori_agent.cap import CAPPED
 
-pytestmark = [
-    pytest.mark.boot,
-    pytest.mark.slow,
-    pytest.mark.parametrize("variant", [DRACUT], ids=["dracut"], indirect=True, scope="session"),
-]
+pytestmark = [pytest.mark.boot, pytest.mark.slow]
 
 
+def on(**variants: Variant) -> pytest.MarkDecorator:
+    """Run a test with these Debians, whose names its own gets."""
+    return pytest.mark.parametrize("variant", variants.values(), ids=variants, indirect=True, scope="session")
+
+
+@on(systemd=DRACUT, plain=DRACUT_WITHOUT_SYSTEMD)
 def test_an_accepted_boot_gets_its_key_and_reaches_its_root(site: Site) -> None:
-    """Measured, attested, released, mapped before systemd-cryptsetup looks, capped, handed over; nobody was asked."""
+    """Measured, attested, released, mapped before others look at the volume, capped, handed over; nobody was asked."""
     with site.serving() as served, site.booted(served.url) as machine:
         machine.wait_for("guest: done", BOOT_S)
         machine.wait_off(BOOT_S)
@@ -30,6 +32,7 @@ def test_an_accepted_boot_gets_its_key_and_reaches_its_root(site: Site) -> None:
     assert site.events()[:2] == ["confirmed-opened", "released"]
 
 
+@on(systemd=DRACUT)
 def test_a_changed_command_line_is_refused_with_its_reason(site: Site) -> None:
     """A host that asks for a shell before the root becomes / gets a machine that is capped and off."""
     with site.serving() as served, site.booted(served.url, "rd.break=pre-pivot") as machine:
@@ -42,6 +45,7 @@ def test_a_changed_command_line_is_refused_with_its_reason(site: Site) -> None:
     assert site.events()[:2] == ["confirmed-received", "refused"]
 
 
+@on(systemd=DRACUT)
 def test_a_verifier_that_is_away_is_waited_for(site: Site) -> None:
     """A verifier that restarts while a machine boots costs seconds, not the boot."""
     with site.booted(None) as machine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +28,8 @@ _BOOKWORM: Final = (
 class Variant:
     """A Debian ``suite`` with ``packages``; ``place`` puts our ``rooms`` and the simulated hardware's into it.
 
-    ``make`` is the command that writes /made.img for a kernel, whose release is put in place of KERNEL.
+    ``make`` is the command that writes /made.img for a kernel, whose release is put in place of KERNEL. ``name`` is that of
+    the Debian: variants that differ only in what follows share it.
     """
 
     name: str
@@ -90,12 +91,8 @@ DRACUT: Final = Variant(
     # The installer of a Debian with dracut names the volume here; systemd-cryptsetup then wants to open it.
     f"{_CMDLINE} rd.luks.name={UUID}=cryptroot",
 )
-DRACUT_WITHOUT_SYSTEMD: Final = Variant(
-    "bookworm-dracut-plain",
-    DRACUT.suite,
-    DRACUT.packages,
-    DRACUT.rooms,
-    _place_dracut,
-    (*_DRACUT[:-1], "--omit", "systemd systemd-initrd dracut-systemd", _DRACUT[-1]),
-    f"{_CMDLINE} rd.luks.uuid={UUID}",
+DRACUT_WITHOUT_SYSTEMD: Final = replace(
+    DRACUT,
+    make=(*_DRACUT[:-1], "--omit", "systemd systemd-initrd dracut-systemd", _DRACUT[-1]),
+    cmdline=f"{_CMDLINE} rd.luks.uuid={UUID}",
 )

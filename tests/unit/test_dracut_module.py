@@ -162,6 +162,7 @@ def test_an_initramfs_with_systemd_gets_units_and_a_cap_before_each_shell(machin
     enabled = [call.split()[-1] for call in machine.calls.read_text().splitlines() if " enable " in call]
     assert enabled == ["kagimori-unlock.service", "kagimori-cap.service"]
     assert "/lib/dracut/hooks/initqueue/settled/99-patience-hook.sh" in files
+    assert "\nblacklist qemu_fw_cfg\n" in machine.read("/etc/modprobe.d/kagimori.conf")
     assert not {file for file in files if "cryptroot-ask" in file or "unlock-hook" in file}
 
 
