@@ -310,6 +310,12 @@ def test_what_a_certified_key_does_not_say_of_itself_fails_the_check_that_asks_f
     refused(code, machine.report(DATA, 0), given, trusting(root))
 
 
+def test_a_certificate_for_no_chip_vouches_for_no_masked_one(root: AmdRoot) -> None:
+    """All zeros in both would agree, and name nothing."""
+    machine = SnpMachine(root, chip_id=bytes(64))
+    refused("endorsement.chip", machine.report(DATA, 0), endorsed(machine), trusting(root))
+
+
 # Revocation and validity
 
 
