@@ -46,10 +46,11 @@ class Points:
         self.stage = ""
         """What is being done: the request that arrived last. One at a time, so threads need not tell."""
 
-    def reach(self, name: str) -> None:
+    def reach(self, name: str, stage: str = "") -> None:
         """Note a point as ``STAGE: NAME #N``, and end here if it is the one."""
         with self._lock:
-            named = f"{self.stage}: {name}" if self.stage else name
+            stage = stage or self.stage
+            named = f"{stage}: {name}" if stage else name
             self._counts[named] += 1
             point = f"{named} #{self._counts[named]}"
             if self._record is not None:
@@ -159,7 +160,7 @@ def _watch_verifier(points: Points) -> None:
     async def sent(self: Any, scope: Any, *rest: Any) -> None:  # noqa: ANN401 - ASGI's
         await send(self, scope, *rest)
         if scope["path"].startswith("/v1/"):
-            points.reach("after the reply is sent")
+            points.reach("after the reply is sent", scope["path"].rpartition("/")[2])
 
     setattr(server, "_answer", answered)  # noqa: B010 - as above
     setattr(starlette.responses.Response, "__call__", sent)  # noqa: B010 - as above

@@ -59,6 +59,9 @@ class Story:
             if "at" in failpoints:
                 assert program.wait() == -signal.SIGKILL, program.stderr.read_text()
                 return False
+            if "record" in failpoints:  # what comes after the last reply is recorded, too
+                program.send(signal.SIGTERM)
+                assert program.wait() == 0
             invariants.no_traceback(program.stderr)
             return True
 
