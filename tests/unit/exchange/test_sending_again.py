@@ -116,7 +116,7 @@ def test_nothing_is_sent_again_after_the_budget(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_runs_out_of_time_is_told_what_failed_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "An answer within 60 s, found: none" would hide the cable that is not plugged in."""
+    """Told only "found: none", nobody would look for the cable that is not plugged in."""
     error = _answer(monkeypatch, _Verifiers(home=[LOST, LATE]), budget_s=60)
     assert isinstance(error, NetworkError)
     assert error.code == "budget.spent"
