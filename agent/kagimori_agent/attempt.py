@@ -6,7 +6,6 @@ may get better by itself: a verifier that is away, a challenge that has grown ol
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -131,7 +130,9 @@ def _attempt(
                 version=messages.VERSION,
                 hello=hello,
                 challenges=[messages.SignedChallenge(key=one.key, challenge=one.body) for one in challenged],
-                **attester.collect(t0, challenged[0].challenge.pcr_selection, budget.attempt_s(math.inf)),
+                **attester.collect(
+                    t0, challenged[0].challenge.pcr_selection, budget.attempt_s(config.limits.boot_budget_s)
+                ),
             )
         )
         say("evidence collected, asking for the answer")
@@ -177,7 +178,7 @@ def _challenges(
         if isinstance(message, messages.Challenge):
             challenged.append(_Challenged(endpoint, reply.key, reply.body, message))
         else:
-            errors.append(_no(endpoint, message))
+            errors.append(signed_no(endpoint, message))
     agreed = [
         one for one in challenged if one.challenge.pcr_selection == challenged[0].challenge.pcr_selection
     ]
@@ -240,7 +241,7 @@ def _ask(
         if isinstance(message, messages.Sealed):
             return message
         if not isinstance(message, messages.Pending):
-            raise _no(one.endpoint, message)
+            raise signed_no(one.endpoint, message)
         if time.monotonic() + message.retry_after > until:
             raise _StaleError(f"{one.endpoint.name}: nobody has approved yet.")
         say(
@@ -257,7 +258,7 @@ def _open(key: sealing.ResponseKey, attester: Attester, sealed: messages.Sealed,
     return messages.decode_payload(inner if secret is None else sealing.open_inner(inner, binding, secret))
 
 
-def _no(endpoint: Endpoint, message: object) -> KagimoriError:
+def signed_no(endpoint: Endpoint, message: object) -> KagimoriError:
     """Turn a signed no into the error that it is."""
     if isinstance(message, messages.VersionsSpoken):
         return PeerError(

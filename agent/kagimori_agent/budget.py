@@ -7,6 +7,7 @@ Import budget: the standard library and the error tree.
 
 from __future__ import annotations
 
+import math
 import time
 from random import SystemRandom
 from typing import TYPE_CHECKING
@@ -31,6 +32,10 @@ class Budget:
     def remaining_s(self) -> float:
         """Give the seconds that are left, never less than 0."""
         return max(0.0, self._end - self._clock())
+
+    def words(self) -> str:
+        """Say what is left."""
+        return "without end" if math.isinf(self._total_s) else f"{self.remaining_s():.0f} s left"
 
     def attempt_s(self, most_s: float) -> float:
         """Give the seconds that one attempt may take: ``most_s``, or what is left. Raises as ``require`` does."""

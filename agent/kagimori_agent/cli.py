@@ -1,4 +1,4 @@
-"""The agent's command line: ``unlock``, ``dry-run``, ``doctor``, ``cap``, ``footprint``.
+"""The agent's command line: ``unlock``, ``dry-run``, ``confirm``, ``doctor``, ``cap``, ``settings``, ``footprint``.
 
 Import budget: argparse, json, the error tree and the console; each verb imports what it needs, so that ``cap`` works when
 nothing else does.
@@ -132,6 +132,18 @@ def _parser() -> argparse.ArgumentParser:
         "Extend the cap PCR of every TPM and read it back. Power off if this fails: whoever gets into this boot could\n"
         "ask for the key again.",
     )
+    verb(
+        "confirm",
+        _confirm,
+        "tell the verifier what the boot could not: that the volumes are open",
+        "Send the confirmation that the boot has left in /run, until the verifier has taken it. The booted system runs this.",
+    )
+    verb(
+        "settings",
+        _settings,
+        "print what the boot scripts must know, one NAME=VALUE a line",
+        "Print what agent.toml and the kernel command line say to the scripts of the initramfs.",
+    )
     footprint = verb(
         "footprint",
         _footprint,
@@ -148,6 +160,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="also copy the files there, with agent.toml and what starts the agent; kernel modules are the caller's",
+    )
+    footprint.add_argument(
+        "--crypttab",
+        type=Path,
+        default=Path("/etc/crypttab"),
+        metavar="FILE",
+        help="whose device options go with it (default: %(default)s)",
     )
     return parser
 
@@ -250,6 +269,30 @@ def _cap(options: argparse.Namespace) -> int:
     return 0
 
 
+def _confirm(options: argparse.Namespace) -> int:
+    from kagimori_agent import confirm
+
+    name = confirm.resend(console.say, confirm.PATH)
+    if options.json:
+        _print_json({"confirmed": name is not None, "verifier": name})
+    elif name is not None:
+        print(f"{name}: has taken the confirmation")
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> int:
+    from kagimori_agent import cmdline
+    from kagimori_agent.config import load
+    from kagimori_agent.settings import boot_settings
+
+    text = boot_settings(load(options.config), cmdline.read())
+    if options.json:
+        _print_json({"settings": [line.split("=", 1) for line in text.splitlines()]})
+    else:
+        print(text, end="")
+    return 0
+
+
 def _footprint(options: argparse.Namespace) -> int:
     try:
         from kagimori_agent.footprint import resolve
@@ -267,7 +310,7 @@ def _footprint(options: argparse.Namespace) -> int:
         from kagimori_agent.config import load
         from kagimori_agent.footprint_install import install
 
-        install(found, options.into, load(options.config), options.config)
+        install(found, options.into, load(options.config), options.config, options.crypttab)
     if options.json:
         _print_json(found.as_dict())
     else:

@@ -28,9 +28,6 @@ MAX_DOTS: Final = 2000  # tomllib takes time with the square of a dotted key's p
 MAX_BYTES: Final = 64 << 10
 """Largest agent.toml in bytes: 8 verifiers and 16 volumes take about 4 KiB."""
 
-DEBUG_WORD: Final = "kagimori.debug"
-ADDRESS_WORD: Final = "kagimori.ip="
-
 _SIGN_BIT: Final = 0x80
 """In the last byte of a public key: the sign of x; the other bits are y, little-endian (RFC 8032 section 5.1.2)."""
 _P: Final = (1 << 255) - 19
@@ -115,10 +112,12 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Boot(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What becomes of a boot whose volumes do not open; it is capped first, whatever it is.
 
-    ``shell`` is for who debugs an image: the console, and so that shell, is the host's.
+    ``shell`` is for who debugs an image: the console, and so that shell, is the host's. A verifier that is away, or waits
+    for a person, is no failure until limits.boot_budget_s are over, and with ``wait`` "forever" never.
     """
 
     on_failure: Literal["poweroff", "reboot", "shell"] = "poweroff"
+    wait: Literal["budget", "forever"] = "budget"
 
 
 class Network(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -183,30 +182,6 @@ def load(path: Path = DEFAULT_PATH) -> Config:
     return _convert(content)
 
 
-def check_command_line(text: str) -> bool:
-    """Return whether the kernel command line asks for debugging; raise ImageError for what it may not set.
-
-    Only ``kagimori.debug`` and ``kagimori.ip=...`` are ours to take from there: everything else about a boot is in
-    agent.toml. Source: PROTOCOL.md section 1.
-    """
-    debug = False
-    for word in text.split():
-        bare = word.lstrip('"').casefold()  # the kernel takes quotes around a word off
-        if not bare.startswith("kagimori."):
-            continue
-        if word == DEBUG_WORD:
-            debug = True
-        elif not word.startswith(ADDRESS_WORD):
-            raise ImageError(
-                "The kernel command line sets what only agent.toml may set.",
-                code="cmdline.word",
-                expected=f"no word of ours but {DEBUG_WORD} and {ADDRESS_WORD}ADDRESS",
-                found=ascii(word[:80]),
-                todo="Remove the word; put the setting into agent.toml and build the image again.",
-            )
-    return debug
-
-
 def _convert(content: dict[str, Any]) -> Config:
     _require_known_keys(content)
     try:
@@ -219,7 +194,7 @@ def _convert(content: dict[str, Any]) -> Config:
     _require_names(config)
     _require_absolute_paths(config)
     _require_sense(config)
-    _require_network(config.network)
+    check_network(config.network)
     return config
 
 
@@ -365,8 +340,11 @@ def _require_sense(config: Config) -> None:
         )
 
 
-def _require_network(network: Network) -> None:
-    """Refuse addresses that are none, and a method whose address is missing or stands beside it for nothing."""
+def check_network(network: Network) -> None:
+    """Refuse addresses that are none, and a method whose address is missing or stands beside it for nothing.
+
+    Raises ImageError.
+    """
     given = [
         ("address", network.address, ipaddress.ip_interface),
         ("gateway", network.gateway, ipaddress.ip_address),

@@ -20,6 +20,20 @@ def say(text: str) -> None:
     print(f"{NAME}: {_one_line(text)}", file=sys.stderr, flush=True)
 
 
+def debug() -> None:
+    """Tell, on stderr, all that we and our libraries log from now on: whom was asked where, and what came of it.
+
+    No body, key or answer is ever logged.
+    """
+    import logging  # noqa: PLC0415 - only who debugs pays for it
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"[{record.relativeCreated / 1000:.1f} s, {record.name}] {record.getMessage()}")
+
+    logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
+
+
 def explain(error: KagimoriError) -> None:
     """Tell an error on stderr: what, expected, found, what to do; a refusal, check by check."""
     say(error.what)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+from kagimori_agent import cmdline, luks
 from kagimori_agent import config as configuration
-from kagimori_agent import luks
 from kagimori_agent.devices import doors
 from kagimori_agent.devices.tpm_places import Place, by_driver, read_event_log
 from kagimori_protocol.errors import ImageError, KagimoriError, NetworkError
@@ -116,19 +116,11 @@ def _is_needed(option: str, config: Config) -> bool:
 
 
 def _command_line(root: Path) -> str:
-    path = root / "proc/cmdline"
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ImageError(
-            "The kernel command line cannot be read.",
-            code="doctor.command-line",
-            expected=f"{path}",
-            found=str(error.strerror),
-            todo="mount -t proc proc /proc",
-        ) from error
-    debug = configuration.check_command_line(text)
-    return "with kagimori.debug" if debug else "nothing of ours, as it should be"
+    line = cmdline.read(root / "proc/cmdline")
+    words = [cmdline.DEBUG_WORD] if line.debug else []
+    if line.network is not None:
+        words.append(f"{cmdline.ADDRESS_WORD}{line.network.address}")
+    return f"with {', '.join(words)}" if words else "nothing of ours, as it should be"
 
 
 def _kernel_option(root: Path, option: str, since: str, purpose: str) -> str:

@@ -10,6 +10,7 @@ while the network comes up.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kagimori_agent.budget import Backoff, Budget
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,7 @@ def ask_all(  # noqa: PLR0913 - as post, and how long to gather, and whom to tel
             results[index] = result
             if isinstance(result, NetworkError):
                 say(f"{endpoints[index].name}: {in_short(result)}")
+                _log.debug("%s: %s: %s", endpoints[index].name, result.code, result.found)
     finally:
         for question in questions:
             question.end()
@@ -137,7 +141,7 @@ def until_answered(
         if wait_s >= budget.remaining_s():
             # No try would come after this pause, so it would be for nothing.
             raise budget.spent(last)
-        say(f"no verifier answers, try {tries + 1} in {wait_s:.1f} s")
+        say(f"no verifier answers, try {tries + 1} in {wait_s:.1f} s ({budget.words()})")
         sleep(wait_s)
 
 

@@ -20,7 +20,6 @@ from kagimori_agent.footprint_needs import CODECS, PARTS
 from kagimori_protocol.errors import ImageError
 
 if TYPE_CHECKING:
-    from kagimori_agent.config import Config
     from kagimori_agent.footprint_kernel import Found
 
 LAUNCHER: Final = Path("/usr/bin/kagimori-agent")
@@ -124,26 +123,3 @@ def _require_plain(files: Iterable[Path]) -> None:
             found=", ".join(map(ascii, strange[:4])),
             todo="Install Kagimori somewhere else.",
         )
-
-
-def boot_settings(config: Config) -> str:
-    """Give what the scripts of the initramfs must know when the agent is dead: lines of NAME=VALUE, read as data.
-
-    agent.toml's own bounds keep blanks, quotes and line breaks out of every value.
-    """
-    network = config.network
-    lines = [f"on_failure={config.boot.on_failure}", f"network={network.method}"]
-    lines += [
-        f"{name}={value}"
-        for name, value in (
-            ("interface", network.interface),
-            ("address", network.address),
-            ("gateway", network.gateway),
-        )
-        if value is not None
-    ]
-    lines += [f"dns={address}" for address in network.dns]
-    lines += [f"volume={volume.name}" for volume in config.volumes]
-    # Who names a volume on the kernel command line does it by its UUID.
-    lines += [f"uuid={volume.uuid}" for volume in config.volumes]
-    return "".join(f"{line}\n" for line in lines)

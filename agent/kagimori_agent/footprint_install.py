@@ -15,7 +15,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kagimori_agent.footprint import LAUNCHER, Footprint, boot_settings
+from kagimori_agent import crypttab
+from kagimori_agent.footprint import LAUNCHER, Footprint
+from kagimori_agent.settings import boot_settings
 from kagimori_protocol.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -36,8 +38,17 @@ _MOST_SHEBANG: Final = 127
 """Bytes of a first line that every kernel takes (BINPRM_BUF_SIZE before Linux 5.1)."""
 
 
-def install(footprint: Footprint, directory: Path, config: Config, config_path: Path) -> None:
-    """Copy everything below ``directory``. What is there already, stays: hooks share libraries. Raises as written."""
+def install(
+    footprint: Footprint,
+    directory: Path,
+    config: Config,
+    config_path: Path,
+    table: Path = crypttab.SYSTEM,
+) -> None:
+    """Copy everything below ``directory``, and of the crypttab ``table`` what is for the volumes of agent.toml.
+
+    What is there already, stays: hooks share libraries. Raises as written.
+    """
     if not directory.is_dir():
         raise UsageError(
             "The initramfs's directory is not there.",
@@ -45,6 +56,7 @@ def install(footprint: Footprint, directory: Path, config: Config, config_path: 
             expected="an existing directory",
             found=str(directory),
         )
+    lines = crypttab.lines_for(table, [volume.name for volume in config.volumes])
     try:
         for path in footprint.files:
             _copy(path, directory, compiled=path in footprint.sources)
@@ -53,6 +65,7 @@ def install(footprint: Footprint, directory: Path, config: Config, config_path: 
                 _write(directory, verifier.ca_file, verifier.ca_file.read_bytes(), 0o644)
         _write(directory, CONFIG, config_path.read_bytes(), 0o600)
         _write(directory, SETTINGS, boot_settings(config).encode(), 0o644)
+        _write(directory, crypttab.CARRIED, lines.encode(), 0o644)
         _write(directory, LAUNCHER, _launcher(footprint), 0o755)
     except (OSError, py_compile.PyCompileError) as error:
         raise ImageError(

@@ -9,7 +9,7 @@ cryptsetup's choices that matter:
   mapping's table holds a key's name, and `dmsetup table --showkeys` does not show the key. So no --disable-keyring.
 - Tokens in a header are the host's words. cryptsetup tries them before the key that it is given, so ``luks_allowed``
   has refused them; --disable-external-tokens keeps it from loading libraries for them even so.
-- Discards stay off: they tell the host which blocks are free.
+- Discards stay off, unless crypttab wants them: they tell the host which blocks are free.
 
 Import budget: ``subprocess``, ``selectors``, that of ``luks_header`` and that of ``config`` (loaded anyway).
 """
@@ -21,7 +21,7 @@ import os
 import selectors
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -118,12 +118,19 @@ def find_device(volume: Volume, root: Path = ROOT) -> Path:
     )
 
 
-def open_volume(
-    volume: Volume, key: bytes | memoryview, *, prove: bool, timeout_s: float, root: Path = ROOT
+def open_volume(  # noqa: PLR0913 - what, by what, and four things that a caller may want otherwise
+    volume: Volume,
+    key: bytes | memoryview,
+    *,
+    prove: bool,
+    timeout_s: float,
+    flags: Sequence[str] = (),
+    root: Path = ROOT,
 ) -> str:
     """Open a volume and return "mapped"; with ``prove`` only try the key, map nothing, and return "proved".
 
-    ``timeout_s`` seconds are for all of it: a device that is not there yet is waited for. A mapping that is active
+    ``timeout_s`` seconds are for all of it: a device that is not there yet is waited for. ``flags`` are cryptsetup's for
+    the mapping. A mapping that is active
     already is refused, even under this name and UUID: a host can plant a volume with a copied UUID and its own
     passphrase, and whoever opened it did not use our key (THREATS T2). Raises UsageError (size of the key), ImageError
     (no device-mapper, no cryptsetup), DiskError (everything else).
@@ -151,7 +158,7 @@ def open_volume(
         "--disable-external-tokens",
         *("--key-file", "-"),
         *("--keyfile-size", str(KEY_SIZE)),
-        *(["--test-passphrase", str(device)] if prove else [str(device), volume.name]),
+        *(["--test-passphrase", str(device)] if prove else [*flags, str(device), volume.name]),
     ]
     code, messages = _run(arguments, key, deadline)
     if code != 0:

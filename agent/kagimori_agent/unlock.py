@@ -7,22 +7,20 @@ asks the same question without a key and leaves the boot as it was. PROTOCOL.md 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from kagimori_agent import exchange, luks
+from kagimori_agent import cmdline, confirm, console, crypttab, exchange, luks
 from kagimori_agent.attempt import Answered, attest
 from kagimori_agent.budget import Budget
 from kagimori_agent.cap import cap
 from kagimori_agent.collect import Attester, SnpDirect, SvsmVtpm
-from kagimori_agent.config import check_command_line
 from kagimori_agent.devices import device_class, doors
 from kagimori_protocol import messages, transcript
 from kagimori_protocol.errors import (
     DiskError,
-    ImageError,
     KagimoriError,
     NetworkError,
     PeerError,
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from kagimori_agent.cap import Capped
     from kagimori_agent.config import Config
     from kagimori_protocol.messages import Check, Outcome
-
-COMMAND_LINE: Final = Path("/proc/cmdline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +75,14 @@ def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -
     finally:
         capped = cap_boot(config)
         confirmed = answered is not None and _confirm(config, answered, outcome, say)
+        if answered is not None and not confirmed:
+            _keep_confirm(answered, outcome, say)
     return replace(unlocked, capped=tuple(capped), confirmed=confirmed)
 
 
 def dry_run(config: Config, say: Callable[[str], None]) -> tuple[Verdict, Answered]:
     """Ask for the verdict on this boot as it is; no key travels, no PCR changes. Raises as ``attest`` does."""
-    _require_command_line()
+    _heed_command_line()
     with attester(config, say) as one:
         answered = attest(config, one, "dry-run", Budget(config.limits.boot_budget_s), say)
     if not isinstance(answered.payload, Verdict):
@@ -154,9 +152,9 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
             expected="at least one [[volumes]] in agent.toml",
             found="none",
         )
-    _require_command_line()
+    _heed_command_line()
     with attester(config, say) as one:
-        answered = attest(config, one, "unlock", Budget(config.limits.boot_budget_s), say)
+        answered = attest(config, one, "unlock", _patience(config), say)
     try:
         keys = _require_keys(answered)
         opened = tuple(_open(config, keys, say, prove=prove))
@@ -167,19 +165,15 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
     )
 
 
-def _require_command_line() -> None:
+def _heed_command_line() -> None:
     """Refuse a boot whose command line says more to us than it may (PROTOCOL.md section 1)."""
-    try:
-        text = COMMAND_LINE.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ImageError(
-            "The kernel command line cannot be read.",
-            code="cmdline.read",
-            expected=str(COMMAND_LINE),
-            found=str(error.strerror),
-            todo="mount -t proc proc /proc",
-        ) from error
-    check_command_line(text)
+    if cmdline.read().debug:
+        console.debug()
+
+
+def _patience(config: Config) -> Budget:
+    """Give the time that this boot may wait for a verifier that is away."""
+    return Budget(math.inf if config.boot.wait == "forever" else config.limits.boot_budget_s)
 
 
 def _require_keys(answered: Answered) -> Keys:
@@ -208,7 +202,13 @@ def _open(config: Config, keys: Keys, say: Callable[[str], None], *, prove: bool
                 expected=f"a key for volume {volume.uuid}",
                 found=", ".join(sorted(by_uuid)),
             )
-        how = luks.open_volume(volume, key.unlock_key, prove=prove, timeout_s=config.limits.cryptsetup_s)
+        how = luks.open_volume(
+            volume,
+            key.unlock_key,
+            prove=prove,
+            timeout_s=config.limits.cryptsetup_s,
+            flags=crypttab.flags(volume.name),
+        )
         say(f"{volume.name}: {how}")
         yield Opened(volume.uuid, volume.name, how)
 
@@ -230,3 +230,8 @@ def _confirm(config: Config, answered: Answered, outcome: Outcome, say: Callable
         say(f"{answered.endpoint.name}: has not taken the confirmation ({error.code})")
         return False
     return isinstance(message, messages.Receipt)
+
+
+def _keep_confirm(answered: Answered, outcome: Outcome, say: Callable[[str], None]) -> None:
+    if confirm.keep(answered.endpoint, answered.confirm(outcome), confirm.PATH):
+        say(f"{answered.endpoint.name}: the booted system sends the confirmation again, from {confirm.PATH}")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kagimori_agent import VERSION
-from kagimori_agent.config import MAX_BYTES, SMALL_ORDER, Config, Limits, Tpm, check_command_line, load
+from kagimori_agent.config import MAX_BYTES, SMALL_ORDER, Config, Limits, Tpm, load
 from kagimori_protocol.errors import ImageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -342,43 +342,3 @@ def test_whatever_a_url_is_it_loads_or_is_refused(
         assert error.code in {"config.url", "config.key"}  # noqa: PT017 - both outcomes are allowed
     else:
         assert config.verifiers[0].urls == [f"https://{tail}"]
-
-
-@pytest.mark.parametrize(
-    ("line", "debug"),
-    [
-        ("", False),
-        ("root=/dev/mapper/cryptroot ro quiet", False),
-        ("ro kagimori.debug", True),
-        ("kagimori.ip=10.0.0.2::10.0.0.1:255.255.255.0::eth0 ro\n", False),
-        ("kagimori.ip=10.0.0.2 kagimori.debug kagimori.ip=10.0.1.2", True),
-        ("notkagimori.x=1 foo=kagimori.x", False),
-    ],
-)
-def test_the_command_line_may_ask_for_debugging_and_set_an_address(line: str, debug: bool) -> None:
-    """Other programs' words are none of the agent's business."""
-    assert check_command_line(line) is debug
-
-
-@pytest.mark.parametrize(
-    "word",
-    [
-        "kagimori.url=http://evil",
-        "kagimori.",
-        "kagimori.debug=1",
-        "kagimori.debugger",
-        "kagimori.ip",
-        "kagimori.ipx=1",
-        "Kagimori.config=/x",
-        '"kagimori.config=/x"',
-        '"kagimori.debug"',
-        "kagimori.ca_file=/x",
-    ],
-)
-def test_any_other_word_of_ours_on_the_command_line_refuses_the_boot(word: str) -> None:
-    """Whoever can edit the boot loader's menu must not move the agent's settings."""
-    for line in (word, f"ro {word} quiet", f"kagimori.debug\t{word}", f"ro -- {word}", f"ro\xa0{word}"):
-        with pytest.raises(ImageError) as caught:
-            check_command_line(line)
-        assert caught.value.code == "cmdline.word"
-        assert caught.value.found

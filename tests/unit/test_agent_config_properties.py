@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kagimori_agent.config import MAX_BYTES, Config, check_command_line, load
+from kagimori_agent.config import MAX_BYTES, Config, load
 from kagimori_protocol.errors import ImageError
 from kagimori_verifier.cli.agent_toml import AgentToml
 
@@ -135,32 +135,3 @@ def test_a_file_as_large_as_may_be_is_no_way_out(place: Path, text: str) -> None
     place.write_text(text[:MAX_BYTES])
     with pytest.raises(ImageError):
         load(place)
-
-
-@given(
-    st.lists(
-        st.sampled_from(
-            ["quiet", "kagimori.debug", "kagimori.ip=dhcp", "kagimori.", '"kagimori.debug"', "KAGIMORI.x=1"]
-        )
-        | st.text(max_size=8),
-        max_size=5,
-    )
-)
-def test_the_command_line_sets_nothing_but_what_it_may(words: list[str]) -> None:
-    """The host writes it: what is not refused asks for debugging only by the one word."""
-    text = " ".join(words)
-    try:
-        debug = check_command_line(text)
-    except ImageError as error:
-        refused = error
-    else:
-        assert debug == ("kagimori.debug" in text.split())
-        assert not any(
-            word.lstrip('"').casefold().startswith("kagimori.")
-            and word != "kagimori.debug"
-            and not word.startswith("kagimori.ip=")
-            for word in text.split()
-        )
-        return
-    assert refused.code == "cmdline.word"
-    assert str(refused).replace("\n", "").isascii()

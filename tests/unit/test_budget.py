@@ -40,6 +40,15 @@ def test_an_attempt_gets_its_own_limit_or_what_is_left() -> None:
     assert budget.attempt_s(3) == 2
 
 
+def test_a_budget_says_what_is_left() -> None:
+    """A person at the console wants to know how long this goes on."""
+    clock = Clock()
+    budget = Budget(10, clock)
+    clock.now += 4
+    assert budget.words() == "6 s left"
+    assert Budget(math.inf, clock).words() == "without end"
+
+
 def test_a_spent_budget_raises() -> None:
     """Both questions end the waiting, with one code."""
     clock = Clock()

@@ -180,19 +180,6 @@ def test_a_directory_that_is_not_there_is_named(small: Footprint, tmp_path: Path
     assert caught.value.code == "footprint.directory"
 
 
-def test_settings_for_scripts_say_everything_about_a_static_network(tmp_path: Path) -> None:
-    """Each value stands alone on its line, and agent.toml's bounds keep it harmless to a shell."""
-    config = tmp_path / "agent.toml"
-    network = (
-        '[network]\nmethod = "static"\naddress = "10.0.0.2/32"\ngateway = "10.0.0.1"\ninterface = "ens3"\n'
-    )
-    config.write_text(AGENT_TOML + network + 'dns = ["10.0.0.3", "fd00::53"]\n')
-    assert footprint.boot_settings(load(config)) == (
-        "on_failure=poweroff\nnetwork=static\ninterface=ens3\naddress=10.0.0.2/32\ngateway=10.0.0.1\n"
-        f"dns=10.0.0.3\ndns=fd00::53\nvolume=cryptroot\nuuid={UUID}\n"
-    )
-
-
 def test_a_module_that_is_not_installed_stops_everything() -> None:
     """An initramfs that lacks a module boots into a refusal; better it is never built."""
     with pytest.raises(ImageError) as caught:

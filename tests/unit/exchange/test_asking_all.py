@@ -154,7 +154,10 @@ def test_asking_is_repeated_until_somebody_answers() -> None:
         clock.sleep,
     )
     assert results == [(HOME, REPLY)]
-    assert said == ["no verifier answers, try 2 in 1.0 s", "no verifier answers, try 3 in 2.0 s"]
+    assert said == [
+        "no verifier answers, try 2 in 1.0 s (60 s left)",
+        "no verifier answers, try 3 in 2.0 s (59 s left)",
+    ]
     assert clock.now == 3
 
 
@@ -172,7 +175,7 @@ def test_asking_ends_with_the_budget() -> None:
         )
     assert raised.value.code == "budget.spent"
     assert raised.value.__cause__ is AWAY
-    assert said == ["no verifier answers, try 2 in 1.0 s"]
+    assert said == ["no verifier answers, try 2 in 1.0 s (11 s left)"]
     assert clock.now == 19
 
 

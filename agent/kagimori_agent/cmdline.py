@@ -1,0 +1,93 @@
+"""What the kernel command line may say to us: ``kagimori.debug``, and one static address. Anything else refuses the boot.
+
+Everything else about a boot is in agent.toml. Both words are measured like the rest of the line, so their owner has
+accepted them. Source: PROTOCOL.md section 1.
+
+Import budget: that of ``config``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kagimori_agent.config import Network, check_network
+from kagimori_protocol.errors import ImageError
+
+PATH: Final = Path("/proc/cmdline")
+DEBUG_WORD: Final = "kagimori.debug"
+ADDRESS_WORD: Final = "kagimori.ip="
+FORM: Final = f"{ADDRESS_WORD}ADDRESS/LENGTH[,gateway=ADDRESS][,dns=ADDRESS]...[,interface=NAME]"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """What was said: whether to tell more, and the network that takes the place of agent.toml's."""
+
+    debug: bool = False
+    network: Network | None = None
+
+
+def read(path: Path = PATH) -> CommandLine:
+    """Read the running kernel's. Raises ImageError."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ImageError(
+            "The kernel command line cannot be read.",
+            code="cmdline.read",
+            expected=str(path),
+            found=str(error.strerror),
+            todo="mount -t proc proc /proc",
+        ) from error
+    return parse(text)
+
+
+def parse(text: str) -> CommandLine:
+    """Take a command line apart. Raises ImageError for what it may not set."""
+    debug = False
+    network: Network | None = None
+    for word in text.split():
+        bare = word.lstrip('"').casefold()  # the kernel takes quotes around a word off
+        if not bare.startswith("kagimori."):
+            continue
+        if word == DEBUG_WORD:
+            debug = True
+        elif word.startswith(ADDRESS_WORD) and network is None:
+            network = _network(word)
+        else:
+            raise _refused("cmdline.word", f"no word of ours but {DEBUG_WORD} and, once, {FORM}", word)
+    return CommandLine(debug, network)
+
+
+def _network(word: str) -> Network:
+    """Make settings of the one word that carries an address. IPv6 has colons, so commas part what is in it."""
+    address, *rest = word.removeprefix(ADDRESS_WORD).split(",")
+    content: dict[str, Any] = {"method": "static", "address": address, "dns": []}
+    for part in rest:
+        key, _, value = part.partition("=")
+        if key == "dns":
+            content["dns"].append(value)
+        elif key in {"gateway", "interface"} and key not in content:
+            content[key] = value
+        else:
+            raise _refused("cmdline.ip", FORM, word)
+    try:
+        network = msgspec.convert(content, Network)
+        check_network(network)
+    except (msgspec.ValidationError, ImageError) as error:
+        raise _refused("cmdline.ip", FORM, word) from error
+    return network
+
+
+def _refused(code: str, expected: str, word: str) -> ImageError:
+    return ImageError(
+        "The kernel command line sets what only agent.toml may set.",
+        code=code,
+        expected=expected,
+        found=ascii(word[:80]),
+        todo="Remove the word; put the setting into agent.toml and build the image again.",
+    )
