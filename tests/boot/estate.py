@@ -43,18 +43,20 @@ class Estate:
     verifier: Path
 
 
-def build(cache: Cache, variant: Variant) -> Estate:
-    """Build it, or find it in the cache."""
+def build(cache: Cache, variant: Variant, kind: str = "svsm-vtpm", measurement: str = MEASUREMENT) -> Estate:
+    """Build it, or find it in the cache; the owner knows ``measurement`` as that of a VM of this ``kind``."""
     built = images.build(cache, variant)
     rooms = [ROOT / name for name in ("verifier", "protocol", "pyproject.toml")]
     made_from = [built.volume.parent.name, built.amd_root.parent.name, *rooms, Path(__file__)]
-    owner = cache.get("owner", made_from, lambda to: _build_owner(to, built))
+    owner = cache.get(
+        f"owner-{kind}", [*made_from, measurement], lambda to: _build_owner(to, built, kind, measurement)
+    )
     agent_toml = (owner / "agent.toml").read_text(encoding="utf-8")
     initramfs = images.build_initramfs(cache, built, agent_toml)
     return Estate(built, initramfs, owner / "disk.img", owner / "verifier")
 
 
-def _build_owner(to: Path, built: Images) -> None:
+def _build_owner(to: Path, built: Images, kind: str, measurement: str) -> None:
     """Enrol, as README.md does by hand: root, profile, measurement, VM, and a keyslot in the volume."""
     owner = Commands(to).verifier
     owner(
@@ -74,8 +76,8 @@ def _build_owner(to: Path, built: Images) -> None:
     owner("endorsements", "import", *map(str, ders.values()))
     owner("profile", "add", PROFILE, "--boot-way", "direct", "--tcb-floor", FLOOR)
     owner(
-        *("reference", "measurement", "add", MEASUREMENT, "--profile", PROFILE),
-        *("--kind", "svsm-vtpm", "--label", "svsm", "--svsm-feature", "vtpm"),
+        *("reference", "measurement", "add", measurement, "--profile", PROFILE, "--kind", kind),
+        *("--label", "known", *(("--svsm-feature", "vtpm") if kind == "svsm-vtpm" else ())),
     )
     owner("vm", "add", VM, "--profile", PROFILE, "--chip", built.chip_id)
     shutil.copy(built.volume, to / "disk.img")
@@ -90,10 +92,11 @@ def _build_owner(to: Path, built: Images) -> None:
 
 @dataclass
 class Site:
-    """One test's copy of the verifier, and the VM that it starts."""
+    """One test's copy of the verifier, and the VM that it starts; ``world`` is a disk that says how its hardware behaves."""
 
     estate: Estate
     directory: Path
+    world: Path | None = None
 
     @property
     def commands(self) -> Commands:
@@ -121,6 +124,7 @@ class Site:
             disks=[
                 machine.Disk(self.estate.volume, "root"),
                 machine.Disk(self.estate.images.hardware, "snp"),
+                *([machine.Disk(self.world, "world")] if self.world else []),
             ],
             verifier=verifier,
         ) as running:
