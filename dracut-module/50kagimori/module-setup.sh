@@ -111,9 +111,6 @@ kagimori_install_network() {
     inst_multiple "$networkd" "$units/systemd-networkd.service" "$units/systemd-networkd.socket" ||
         kagimori_stop 'systemd-networkd cannot be put into the initramfs' 'see above'
     kagimori_copy_user systemd-network
-    mkdir -p "${initdir:?}/etc/systemd/network"
-    # The first file that matches an interface counts: no other file of the initramfs, or made of a command line, does.
-    kagimori_networkd_file >"$initdir/etc/systemd/network/00-kagimori.network"
 }
 
 # Copies a user and its group, unless they are there.
@@ -123,27 +120,6 @@ kagimori_copy_user() {
         grep -qs "^$1:" "${initdir:?}/etc/$file" || grep "^$1:" "/etc/$file" >>"$initdir/etc/$file" ||
             kagimori_stop "there is no $1 in /etc/$file" 'install systemd again'
     done
-}
-
-# Writes what systemd.network(5) calls a network file, from agent.toml. agent.toml's own bounds keep line breaks out.
-kagimori_networkd_file() {
-    local name gateway
-    name=$(kagimori_setting interface)
-    # Kind=!*: hardware, and nothing that only the kernel has made up.
-    printf '[Match]\n%s\n\n[Network]\n' "$([[ -n $name ]] && echo "Name=$name" || printf 'Type=ether\nKind=!*')"
-    if [[ $(kagimori_setting network) == static ]]; then
-        printf 'Address=%s\nDHCP=no\nIPv6AcceptRA=no\n' "$(kagimori_setting address)"
-        kagimori_setting dns | sed 's/^/DNS=/'
-        gateway=$(kagimori_setting gateway)
-        # The gateway may lie outside of the prefix, as with addresses of /32 and /128.
-        [[ -z $gateway ]] || printf '\n[Route]\nGateway=%s\nGatewayOnLink=yes\n' "$gateway"
-    else
-        # Addresses, routes and resolvers, and nothing else that a server may send; nor is anything told to it.
-        printf 'DHCP=yes\n'
-        printf '\n[DHCPv4]\nClientIdentifier=mac\nSendHostname=no\nUseHostname=no\nUseDomains=no\nUseNTP=no\nUseTimezone=no\n'
-        printf '\n[DHCPv6]\nUseHostname=no\nUseDomains=no\nUseNTP=no\n'
-        printf '\n[IPv6AcceptRA]\nUseDomains=no\n'
-    fi
 }
 
 # Installs the units, caps before each unit that gives a shell, and takes governed volumes from systemd-cryptsetup.

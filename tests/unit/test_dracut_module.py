@@ -234,37 +234,18 @@ def test_another_root_is_refused(machine: Machine) -> None:
     assert (done.returncode, done.stdout) == (1, "")
 
 
-NETWORK_FILE = "/etc/systemd/network/00-kagimori.network"
-
-
-def test_networkd_takes_addresses_from_dhcp_and_nothing_else(machine: Machine) -> None:
-    """Names, domains, clocks and time zones are a server's to say and ours not to hear."""
+def test_systemd_brings_the_network_up_where_it_is_there(machine: Machine) -> None:
+    """Networkd comes with its user, whom its unit names; no file of this machine says what it does."""
     assert machine.run("install").returncode == 0
-    text = machine.read(NETWORK_FILE)
-    assert text.startswith("[Match]\nType=ether\nKind=!*\n\n[Network]\nDHCP=yes\n")
-    for option in ("UseHostname=no", "UseDomains=no", "UseNTP=no", "SendHostname=no"):
-        assert option in text
-    assert machine.read("/etc/passwd") == "systemd-network:x:998:\n"
     assert machine.read("/usr/lib/kagimori/boot/network") == (MODULE / "networkd").read_text()
-
-
-def test_a_static_network_is_what_agent_toml_says(machine: Machine) -> None:
-    """Also with a gateway outside of the prefix, and only on the card that is named."""
-    machine.agent(
-        "network=static\ninterface=ens3\naddress=10.0.0.2/32\ngateway=10.0.0.1\ndns=10.0.0.3\ndns=fd00::53\n"
-    )
-    assert machine.run("install").returncode == 0
-    assert machine.read(NETWORK_FILE) == (
-        "[Match]\nName=ens3\n\n[Network]\nAddress=10.0.0.2/32\nDHCP=no\nIPv6AcceptRA=no\n"
-        "DNS=10.0.0.3\nDNS=fd00::53\n\n[Route]\nGateway=10.0.0.1\nGatewayOnLink=yes\n"
-    )
+    assert machine.read("/etc/passwd") == machine.read("/etc/group") == "systemd-network:x:998:\n"
+    assert not [file for file in machine.files() if file.endswith(".network")]
 
 
 def test_a_network_that_is_left_to_others_brings_no_networkd(machine: Machine) -> None:
     """With method "none" nothing of ours touches a card."""
     machine.agent(SETTINGS.replace("dhcp", "none"))
     assert machine.run("install").returncode == 0
-    assert NETWORK_FILE not in machine.files()
     assert machine.read("/usr/lib/kagimori/boot/network") == (COMMON / "network").read_text()
 
 

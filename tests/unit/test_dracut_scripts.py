@@ -87,6 +87,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 
 def _resolvers(stage: Stage, state: str) -> str:
     """Tell what the agent gets to see of what networkd writes."""
+    (stage.root / "etc/boot.conf").write_text("network=dhcp\n")
     (stage.root / "run/systemd/netif").mkdir(parents=True)
     (stage.root / "run/systemd/netif/state").write_text(state)
     stage.program("systemctl")
@@ -113,7 +114,6 @@ def test_what_is_no_address_is_no_resolver(stage: Stage) -> None:
 
 def test_the_network_goes_down_with_networkd_and_its_socket(stage: Stage) -> None:
     """Without the socket, or the next message of the kernel would start networkd again in the middle of leaving."""
-    (stage.root / "etc/boot.conf").write_text("network=dhcp\n")
     for name in ("lo", "ens3"):
         (stage.root / "net" / name).mkdir()
     (stage.root / "net/ens3/device").mkdir()
@@ -128,6 +128,44 @@ def test_the_network_goes_down_with_networkd_and_its_socket(stage: Stage) -> Non
     assert not (stage.root / "etc/resolv.conf").exists()
     assert stage.run("networkd", "down") == 0
     assert len(stage.called()) == 4
+
+
+def _network_file(stage: Stage, settings: str, at_boot: str = "") -> str:
+    """Give what networkd is told for these settings, or for those that were made at boot."""
+    (stage.root / "etc/boot.conf").write_text(settings)
+    if at_boot:
+        (stage.root / "run/kagimori").mkdir()
+        (stage.root / "run/kagimori/boot.conf").write_text(at_boot)
+    stage.program("systemctl")
+    assert stage.run("networkd", "up") == 0
+    path = stage.root / "run/systemd/network/00-kagimori.network"
+    return path.read_text() if path.exists() else ""
+
+
+def test_networkd_takes_addresses_from_dhcp_and_nothing_else(stage: Stage) -> None:
+    """Names, domains, clocks and time zones are a server's to say and ours not to hear."""
+    text = _network_file(stage, "network=dhcp\n")
+    assert text.startswith("[Match]\nType=ether\nKind=!*\n\n[Network]\nDHCP=yes\n")
+    for option in ("UseHostname=no", "UseDomains=no", "UseNTP=no", "SendHostname=no"):
+        assert option in text
+
+
+STATIC = "network=static\ninterface=ens3\naddress=10.0.0.2/32\ngateway=10.0.0.1\ndns=10.0.0.3\ndns=fd00::53\n"
+
+
+@pytest.mark.parametrize("settings", [(STATIC, ""), ("network=dhcp\ninterface=eth9\n", STATIC)])
+def test_a_static_network_is_what_the_settings_say(stage: Stage, settings: tuple[str, str]) -> None:
+    """Also with a gateway outside of the prefix, on the named card alone; the command line's come before agent.toml's."""
+    assert _network_file(stage, *settings) == (
+        "[Match]\nName=ens3\n\n[Network]\nAddress=10.0.0.2/32\nDHCP=no\nIPv6AcceptRA=no\n"
+        "DNS=10.0.0.3\nDNS=fd00::53\n\n[Route]\nGateway=10.0.0.1\nGatewayOnLink=yes\n"
+    )
+
+
+def test_a_network_that_is_left_to_others_is_left_alone(stage: Stage) -> None:
+    """With method "none" networkd is not even started."""
+    assert _network_file(stage, "network=none\n") == ""
+    assert stage.called() == []
 
 
 @pytest.mark.parametrize(
