@@ -9,7 +9,7 @@ import pytest
 
 from kagimori_verifier.verify.eventlog import Event
 from kagimori_verifier.verify.eventlog_measured import Covers, measured_part
-from kagimori_verifier.verify.eventlog_names import LINE_LENGTH, describe, first_difference
+from kagimori_verifier.verify.eventlog_names import LINE_LENGTH, RECORDED_LENGTH, describe, first_difference
 
 NO_ACTION, SEPARATOR, TAG, IPL = 0x3, 0x4, 0x6, 0xD
 VARIABLE, BOOT_VARIABLE, APPLICATION, AUTHORITY = 0x80000001, 0x80000002, 0x80000003, 0x800000E0
@@ -109,7 +109,7 @@ LOAD_OPTION = struct.pack("<IH", 1, 0) + "debian\0".encode("utf-16-le")
         ),
         (
             one(9, IPL, b"/vmlinuz-6.1.0\0", b""),
-            "PCR 9 EV_IPL /vmlinuz-6.1.0 (file content; name not measured)",
+            "PCR 9 GRUB read /vmlinuz-6.1.0 (file content; name not measured)",
         ),
         (one(8, IPL, b"grub_cmd: set a=b\0", b"set a=b"), "PCR 8 grub_cmd: set a=b"),
         (one(9, TAG, struct.pack("<II", 0x8F3B22EC, 0), b""), "PCR 9 Linux initrd (content digest; name not"),
@@ -118,7 +118,14 @@ LOAD_OPTION = struct.pack("<IH", 1, 0) + "debian\0".encode("utf-16-le")
             one(4, APPLICATION, struct.pack("<QQQQ", 0, 0, 0, len(DEVICE_PATH)) + DEVICE_PATH, b""),
             "PCR 4 boot application \\EFI\\debian\\shimx64.efi (image digest; path not measured)",
         ),
-        (one(4, APPLICATION, b"", b"image"), "PCR 4 boot application (image digest)"),
+        (
+            one(4, APPLICATION, b"", b"image"),
+            "PCR 4 boot application (image digest; no path: a kernel, where a boot loader started it)",
+        ),
+        (
+            one(14, IPL, b"MokList\0", b"keys of the owner"),
+            "PCR 14 shim's MokList (content digest; name not measured)",
+        ),
         (one(3, 0x1234, b"\x01\x02", b"\x01"), "PCR 3 event type 0x00001234 0102 (not measured)"),
     ],
 )
@@ -184,4 +191,41 @@ def test_the_first_difference_says_whether_an_event_is_missing_extra_or_other(
     assert said is not None
     assert said.startswith(sentence)
     if "missing" not in said:
-        assert "(EV_IPL /boot/" in said
+        assert "(GRUB read /boot/" in said
+
+
+def command(text: str) -> Event:
+    """Write what GRUB logs for a command."""
+    return one(8, IPL, f"grub_cmd: {text}\0".encode(), text.encode())
+
+
+LONG = f"linux /vmlinuz-6.1.0-56-cloud-amd64 root=UUID={'0' * 36} ro console=tty0 console=ttyS0,115200 earlyprintk=ttyS0"
+
+
+@pytest.mark.parametrize(
+    "recorded", [describe(command(LONG)), describe(command(LONG), limit=RECORDED_LENGTH)]
+)
+def test_a_word_at_the_end_of_a_long_command_line_is_in_sight(recorded: str) -> None:
+    """Both texts are cut where they part, also beside a reference of the time when 120 characters were recorded."""
+    said = first_difference([(sha256(LONG.encode()), recorded)], [command(f"{LONG} init=/bin/sh")])
+    assert said is not None
+    assert "init=/bin/sh)" in said
+    assert said.isascii()
+    known, _, found = said.partition(", found ")
+    assert max(len(known), len(found)) < 2 * LINE_LENGTH
+
+
+def test_a_change_far_into_a_long_command_line_is_in_sight() -> None:
+    """What follows is cut, what stands shortly before is shown."""
+    recorded = describe(command(f"{LONG} {'a' * 300}"), limit=RECORDED_LENGTH)
+    events = [command(f"{LONG} {'a' * 200} init=/bin/sh {'a' * 300}")]
+    said = first_difference([(bytes(32), recorded)], events)
+    assert said is not None
+    assert "a init=/bin/sh a" in said
+
+
+def test_only_what_is_measured_is_recorded_at_length() -> None:
+    """The mark that a text is not measured stays in sight."""
+    noted = describe(one(9, IPL, b"/" + b"a" * 500 + b"\0", b""), limit=RECORDED_LENGTH)
+    assert len(noted) == LINE_LENGTH
+    assert len(describe(command("a" * 500), limit=RECORDED_LENGTH)) > LINE_LENGTH

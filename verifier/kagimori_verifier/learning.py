@@ -16,7 +16,7 @@ from kagimori_verifier.appraise.policy import VM_OWNED_PCRS, Policy, parse_polic
 from kagimori_verifier.store import observations, profiles, references, vms
 from kagimori_verifier.store.references import BootStateRow
 from kagimori_verifier.verify import eventlog
-from kagimori_verifier.verify.eventlog_names import describe
+from kagimori_verifier.verify.eventlog_names import RECORDED_LENGTH, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +59,7 @@ def from_event_log(raw: bytes) -> Pcrs:
         str(index): {
             "digest": values.pcr(index).hex(),
             "events": [
-                [event.digest().hex(), describe(event)]
+                [event.digest().hex(), describe(event, limit=RECORDED_LENGTH)]
                 for event in log.events
                 if event.pcr == index and event.type != eventlog.EV_NO_ACTION
             ],

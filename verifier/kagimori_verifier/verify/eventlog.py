@@ -26,7 +26,7 @@ from kagimori_verifier.verify.eventlog_layout import (
     no_bank,
     parse,
 )
-from kagimori_verifier.verify.eventlog_names import describe
+from kagimori_verifier.verify.eventlog_names import RECORDED_LENGTH, describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +61,10 @@ class LoggedBoot:
         """Give digest (SHA-256, hex) and description of a PCR's first ``most`` events. Made once, not to be changed."""
         known = self._described.get((pcr, most))
         if known is None:
-            known = [(event.digest().hex(), describe(event)) for event in self.events[pcr][:most]]
+            known = [
+                (event.digest().hex(), describe(event, limit=RECORDED_LENGTH))
+                for event in self.events[pcr][:most]
+            ]
             self._described[pcr, most] = known
         return known
 

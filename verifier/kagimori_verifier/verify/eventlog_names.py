@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LINE_LENGTH: Final = 120
 """Characters of a description at most."""
+RECORDED_LENGTH: Final = 1000
+"""Characters of one that is recorded, where its digest vouches for all of it: command lines differ at their ends."""
 
 EV_EVENT_TAG: Final = 0x00000006
 
@@ -71,12 +73,14 @@ _TAG_NAMES: Final = {
 }
 
 _NOT_MEASURED: Final = "not measured"
+_NO_PATH: Final = "image digest; no path: a kernel, where a boot loader started it"
 _PRINTABLE: Final = range(0x20, 0x7F)
 _LATIN1_END: Final = 0x100
 _BMP_END: Final = 0x10000
 
 _BYTES_SHOWN: Final = 16
-_TEXT_READ: Final = 2 * LINE_LENGTH
+_TEXT_READ: Final = RECORDED_LENGTH
+_BEFORE: Final = 40
 _TEXT_LENGTH: Final = 4
 _TEXT_BYTES: Final = bytes({*_PRINTABLE, *b"\t\n\r"})
 _VALUE_SHOWN: Final = 8
@@ -103,13 +107,14 @@ class _Line(NamedTuple):
     note: str = ""
 
 
-def describe(event: Event, bank: str = SHA256) -> str:
-    """Say in one line of printable ASCII, at most 120 characters, what an event is about.
+def describe(event: Event, bank: str = SHA256, limit: int = LINE_LENGTH) -> str:
+    """Say in one line of printable ASCII what an event is about.
 
     Example: ``PCR 7 SecureBoot = 01``. What the digest in ``bank`` does not vouch for is marked "not
-    measured".
+    measured", and has 120 characters at most whatever the ``limit``.
     """
-    return _join(f"PCR {event.pcr} ", _line(event, bank), LINE_LENGTH)
+    line = _line(event, bank)
+    return _join(f"PCR {event.pcr} ", line, min(limit, LINE_LENGTH) if line.note else limit)
 
 
 def first_difference(
@@ -131,14 +136,33 @@ def first_difference(
     ahead = slice(at + 1, at + 1 + _LOOKAHEAD)
     swapped = wanted[at + 1 : at + 2] == digests[at + 1 : at + 2]
     if at == len(digests) or (at < len(wanted) and not swapped and digests[at] in wanted[ahead]):
-        return f"Event {at + 1} ({_known(expected[at][1])}) is missing: expected {bank} {_short(wanted[at])}."
-    name = _join("", _line(found[at], bank), LINE_LENGTH)
+        return (
+            f"Event {at + 1} ({printable(expected[at][1])}) is missing: expected {bank} {_short(wanted[at])}."
+        )
+    line = _line(found[at], bank)
+    name = _join("", line, LINE_LENGTH)
     if at == len(wanted) or (not swapped and wanted[at] in digests[ahead]):
         return f"Event {at + 1} is not expected: found {bank} {_short(digests[at])} ({name})."
+    known = printable(expected[at][1])
+    if not line.note:
+        head = f"PCR {found[at].pcr} "
+        known, name = _parting(expected[at][1], head, _join(head, line, RECORDED_LENGTH))
     return (
-        f"Event {at + 1} ({_known(expected[at][1])}) differs: expected {bank} {_short(wanted[at])}, "
+        f"Event {at + 1} ({known}) differs: expected {bank} {_short(wanted[at])}, "
         f"found {_short(digests[at])} ({name})."
     )
+
+
+def _parting(known: str, head: str, found: str) -> tuple[str, str]:
+    """Cut a recorded description and one that begins with ``head`` to a line each, with where they part in sight."""
+    known = printable(known, RECORDED_LENGTH)
+    pairs = enumerate(zip(known, found, strict=False))
+    same = next((at for at, (a, b) in pairs if a != b), min(len(known), len(found)))
+    if max(len(known), len(found)) <= LINE_LENGTH or same < LINE_LENGTH - _BEFORE:
+        return printable(known), printable(found.removeprefix(head))
+    start = same - _BEFORE
+    cut = [f"...{text[start:]}" for text in (known, found)]
+    return printable(cut[0]), printable(cut[1])
 
 
 def printable(text: str, limit: int = LINE_LENGTH) -> str:
@@ -167,11 +191,6 @@ def _join(head: str, line: _Line, limit: int) -> str:
     before = head + line.label + (" " if line.label and line.text else "")
     after = f" ({line.note})" if line.note else ""
     return before + printable(line.text, limit - len(before) - len(after)) + after
-
-
-def _known(description: str) -> str:
-    """Prepare a recorded description; it came out of a log once."""
-    return printable(description)
 
 
 def _short(digest: bytes) -> str:
@@ -259,7 +278,7 @@ def _image(event: Event, _measured: m.Measured | None) -> _Line:
     """Describe a loaded PE image; its digest is the Authenticode hash, which vouches for no data."""
     label = {0x80000003: "boot application", 0x80000004: "boot driver"}.get(event.type, "runtime driver")
     path = _file_path(event.data)
-    return _Line(label, path, f"image digest; path {_NOT_MEASURED}" if path else "image digest")
+    return _Line(label, path, f"image digest; path {_NOT_MEASURED}" if path else _NO_PATH)
 
 
 def _file_path(data: bytes) -> str:
@@ -308,9 +327,9 @@ def _ipl(event: Event, measured: m.Measured | None) -> _Line | None:
 
 _MEASURED_IPL: Final = {m.UKI_SECTION_PCR: "UKI section name", m.UKI_COMMAND_LINE_PCR: "UKI command line"}
 _UNMEASURED_IPL: Final = {
-    m.GRUB_FILE_PCR: ("EV_IPL", "file content"),
+    m.GRUB_FILE_PCR: ("GRUB read", "file content"),
     m.UKI_SECTION_PCR: ("UKI section", "content digest"),
-    m.SHIM_PCR: ("EV_IPL", "content digest"),
+    m.SHIM_PCR: ("shim's", "content digest"),
 }
 
 _DESCRIBED: Final[dict[int, Callable[[Event, m.Measured | None], _Line | None]]] = {
