@@ -10,7 +10,7 @@ kagimori_config=/etc/kagimori/agent.toml
 kagimori_common=/usr/lib/kagimori/boot
 kagimori_tools=/usr/lib/kagimori/bin
 # What the scripts of $kagimori_common call: an initramfs's own programs differ from release to release.
-kagimori_applets='cat chmod grep ip mkdir mount poweroff readlink reboot rm sed sleep sync tee udhcpc'
+kagimori_applets='cat chmod grep ip mkdir mount poweroff readlink reboot rm sed sleep sync udhcpc'
 
 # Ends dracut. $1: what is wrong; $2: what to do. A module's status alone would not: dracut goes on without the module.
 kagimori_stop() {
@@ -108,6 +108,7 @@ kagimori_install_network() {
         return 0
     fi
     kagimori_copy "${moddir:?}/networkd" "$kagimori_common/network"
+    kagimori_copy "$kagimori_common/network" "$kagimori_common/links"
     inst_multiple "$networkd" "$units/systemd-networkd.service" "$units/systemd-networkd.socket" ||
         kagimori_stop 'systemd-networkd cannot be put into the initramfs' 'see above'
     kagimori_copy_user systemd-network

@@ -238,6 +238,7 @@ def test_systemd_brings_the_network_up_where_it_is_there(machine: Machine) -> No
     """Networkd comes with its user, whom its unit names; no file of this machine says what it does."""
     assert machine.run("install").returncode == 0
     assert machine.read("/usr/lib/kagimori/boot/network") == (MODULE / "networkd").read_text()
+    assert machine.read("/usr/lib/kagimori/boot/links") == (COMMON / "network").read_text()
     assert machine.read("/etc/passwd") == machine.read("/etc/group") == "systemd-network:x:998:\n"
     assert not [file for file in machine.files() if file.endswith(".network")]
 

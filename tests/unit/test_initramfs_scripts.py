@@ -225,6 +225,17 @@ def _runs(pid: int) -> bool:
         return False
 
 
+def test_who_only_watches_the_network_touches_nothing(stage: Stage) -> None:
+    """With dracut, systemd-networkd brings it up; what is there and what is not, the console hears all the same."""
+    (stage.root / "etc/boot.conf").write_text("network=dhcp\n")
+    (stage.root / "run/kagimori").mkdir()
+    _interface(stage, "eth0")
+    stage.program("sleep", 'kill -KILL "$PPID"')
+    done = stage.run("network", "watch")
+    assert (done.returncode, done.stderr) == (-9, "kagimori: network: eth0 has no carrier\n")
+    assert stage.called() == ["sleep 1"]
+
+
 def test_only_the_named_interface_is_touched(stage: Stage) -> None:
     """An operator who names an interface keeps the others out of it."""
     (stage.root / "etc/boot.conf").write_text("network=dhcp\ninterface=eth1\n")
