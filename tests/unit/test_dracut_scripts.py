@@ -213,6 +213,22 @@ def test_systemd_finds_a_governed_volume_open_or_fails(stage: Stage) -> None:
     assert stage.run("attached", "crypt root") == 0
 
 
+def test_a_volume_that_is_named_by_its_uuid_is_open_under_any_name(stage: Stage) -> None:
+    """As rd.luks.uuid= of the kernel command line names it; but another volume, or another kind, is not this one."""
+    stage.program("no-passphrase", "exit 1", "boot")
+    name = "luks-6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
+    assert stage.run("attached", name) == 1
+    (stage.root / "block/dm-0/dm").mkdir(parents=True)
+    uuid = stage.root / "block/dm-0/dm/uuid"
+    for found, code in (
+        ("LUKS2-6f1c1a588a524b7e9c8c0d6f3c7f2a11-root", 0),
+        ("LUKS2-6f1c1a588a524b7e9c8c0d6f3c7f2a12-root", 1),
+        ("PLAIN-6f1c1a588a524b7e9c8c0d6f3c7f2a11-root", 1),
+    ):
+        uuid.write_text(f"CRYPT-{found}\n")
+        assert stage.run("attached", name) == code
+
+
 @pytest.mark.parametrize("name", ["cryptroot", "luks-6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"])
 def test_cryptroot_ask_is_not_run_for_a_governed_volume(stage: Stage, name: str) -> None:
     """By neither of its names; any other volume is dracut's own affair, unless it is open."""
