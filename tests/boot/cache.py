@@ -23,7 +23,7 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         """Use ``root``, which is made."""
-        self._root = root
+        self.root = root
         root.mkdir(parents=True, exist_ok=True)
 
     def get(self, layer: str, made_from: Iterable[object], build: Callable[[Path], None]) -> Path:
@@ -32,23 +32,23 @@ class Cache:
         Inputs are texts, bytes, and paths, whose files count with names and content.
         """
         key = digest([layer, *made_from])
-        path = self._root / f"{layer}-{key[:16]}"
+        path = self.root / f"{layer}-{key[:16]}"
         with self._locked():
             if not path.is_dir():
-                unfinished = self._root / f"unfinished-{layer}"
+                unfinished = self.root / f"unfinished-{layer}"
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
                 build(unfinished)
                 unfinished.rename(path)
             os.utime(path)
-            entries = sorted(self._root.glob(f"{layer}-*"), key=lambda entry: entry.stat().st_mtime_ns)
+            entries = sorted(self.root.glob(f"{layer}-*"), key=lambda entry: entry.stat().st_mtime_ns)
             for entry in entries[:-_KEPT]:
                 shutil.rmtree(entry)
         return path
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self._root / "lock").open("w") as lock:
+        with (self.root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 

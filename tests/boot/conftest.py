@@ -11,7 +11,7 @@ import pytest
 from tests.boot import estate as estates
 from tests.boot.cache import Cache
 from tests.boot.estate import BOOT_S, Estate, Site, session_in
-from tests.boot.machine import CODE, PROGRAMS, VARS
+from tests.boot.machine import CODE, PROGRAMS, SECURE_BOOT, VARS
 from tests.boot.variants import INITRAMFS_TOOLS, ROOT, Variant
 
 IN_CI = os.environ.get("CI") == "true"
@@ -30,10 +30,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _can_boot() -> None:
     missing = [
         name
-        for name in (*PROGRAMS, "swtpm_setup", "mmdebstrap", "mke2fs", "unshare")
+        for name in (*PROGRAMS, "swtpm_setup", "mmdebstrap", "mke2fs", "mformat", "unshare")
         if shutil.which(name) is None
     ]
-    missing += [str(path) for path in (CODE, VARS) if not path.exists()]
+    firmware = [CODE, VARS, SECURE_BOOT.code, SECURE_BOOT.variables]
+    missing += [str(path) for path in firmware if not path.exists()]
     if os.geteuid() != 0:
         missing.append("root's rights")
     # Building takes longer than a test of another kind may (faulthandler_timeout); each step has a limit of its own.

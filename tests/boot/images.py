@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from tests.boot import wheels as wheelhouse
+from tests.boot.archive import Archive, archive
 from tests.boot.cache import Cache
 from tests.boot.variants import GUEST, INITRAMFS_TOOLS, ROOT, UUID, Variant, install
 
@@ -46,6 +48,7 @@ _IN_DISK: Final = (
     "usr/lib64",
     "etc",
 )
+_PYTHONS: Final = {"bookworm": "3.11", "trixie": "3.13"}
 _TIMEOUT_S: Final = 900
 
 
@@ -88,12 +91,13 @@ def build(cache: Cache, variant: Variant) -> Images:
 
 def _build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
     """Build a variant's Debian, and the same with the agent; gives the directories of both."""
+    source = archive(variant.suite, cache.root)
     debian = cache.get(
-        f"{variant.name}.debian", _debian_inputs(variant), lambda to: _build_debian(to, variant)
+        f"{variant.name}.debian",
+        [variant.suite, *variant.packages, *source.state()],
+        lambda to: _build_debian(to, variant, source),
     )
-    wheels = cache.get(
-        "wheels", [ROOT / "requirements/agent.txt", ROOT / "requirements/dev.txt", sys.version], _build_wheels
-    )
+    wheels = _wheels(cache, _PYTHONS[variant.suite])
     rooms = [ROOT / name for name in ("agent", "protocol", "simulator", "pyproject.toml")]
     agent = cache.get(
         f"{variant.name}.agent",
@@ -122,16 +126,20 @@ def build_initramfs(cache: Cache, images: Images, agent_toml: str) -> Path:
     return cache.get(f"{images.variant.name}.initramfs", made_from, make) / "initrd.img"
 
 
-def _debian_inputs(variant: Variant) -> list[object]:
-    """Give what Debian is made from: our list, and the state of the archive that this machine's apt has seen last."""
-    lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{variant.suite}*_InRelease"))
-    if not lists:
-        _run(["apt-get", "update", "-qq"])
-        lists = sorted(Path("/var/lib/apt/lists").glob(f"*_dists_{variant.suite}*_InRelease"))
-    return [variant.suite, *variant.packages, *lists]
+def _wheels(cache: Cache, python: str) -> Path:
+    """Give the directory of the agent's locked packages for a Python."""
+    locked = [wheelhouse.LOCKED, ROOT / "requirements/dev.txt", sys.version]
+    here = cache.get("wheels", locked, wheelhouse.build)
+    if python == wheelhouse.HERE:
+        return here
+    return cache.get(
+        f"python{python}.wheels",
+        [here.name, Path(wheelhouse.__file__)],
+        lambda to: wheelhouse.build_for(python, to, here),
+    )
 
 
-def _build_debian(to: Path, variant: Variant) -> None:
+def _build_debian(to: Path, variant: Variant, source: Archive) -> None:
     """Install Debian from the mirrors of this machine's own apt configuration."""
     quiet = ["man", "locale", "doc"]
     _run(
@@ -141,24 +149,9 @@ def _build_debian(to: Path, variant: Variant) -> None:
             *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in quiet),
             *_apt_options(),
             f"--include={','.join(variant.packages)}",
-            *(variant.suite, str(to / "root"), *_sources(variant.suite)),
+            *(variant.suite, str(to / "root"), *map(str, source.sources)),
         ]
     )
-
-
-def _sources(suite: str) -> list[str]:
-    """Name the files that say where this machine's Debian comes from."""
-    places = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
-    found = [
-        path
-        for path in places
-        if path.suffix in {".list", ".sources"} and path.is_file() and suite in path.read_text()
-    ]
-    if not found:
-        raise AssertionError(
-            f"this machine's apt has no source of {suite}: boot tests take their Debian from there"
-        )
-    return list(map(str, found))
 
 
 def _apt_options() -> list[str]:
@@ -169,22 +162,6 @@ def _apt_options() -> list[str]:
     ]
 
 
-def _build_wheels(to: Path) -> None:
-    """Build the agent's locked packages; tpm2-pytss alone comes as source."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--no-build-isolation",
-    ]
-    locked = [*pip, "--require-hashes", "--only-binary", ":all:", "--no-binary", "tpm2-pytss"]
-    _run([*locked, "-r", str(ROOT / "requirements/agent.txt"), "-w", str(to)], CFLAGS="-O0 -g0")
-
-
 def _build_agent(to: Path, debian: Path, wheels: Path, variant: Variant) -> None:
     """Put the agent and what runs it where a package would put them."""
     chroot = to / "root"
@@ -192,7 +169,8 @@ def _build_agent(to: Path, debian: Path, wheels: Path, variant: Variant) -> None
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     _run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(to / "own"), str(ROOT)])
     into = ["--target", str(chroot / _PYTHON), *map(str, wheels.iterdir()), *map(str, (to / "own").iterdir())]
-    _run([*pip, "install", "--no-deps", "--no-index", "--no-compile", "--root-user-action=ignore", *into])
+    options = ["--no-deps", "--no-index", "--no-compile", "--root-user-action=ignore"]
+    _run([*pip, "install", *options, *wheelhouse.target(_PYTHONS[variant.suite]), *into])
     mfusepy = find_spec("mfusepy")
     assert mfusepy is not None
     assert mfusepy.origin is not None

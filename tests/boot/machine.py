@@ -136,7 +136,33 @@ class Disk:
     serial: str
 
 
-@contextlib.contextmanager
+@dataclass(frozen=True)
+class Firmware:
+    """Firmware and the variables that it finds; ``secure`` keeps the guest from changing these behind its back."""
+
+    code: Path
+    variables: Path
+    secure: bool
+
+    @property
+    def machine(self) -> list[str]:
+        """QEMU's words for a machine with it, but for the copy of its variables that each machine has."""
+        words = ["-machine", "q35,smm=on" if self.secure else "q35"]
+        if self.secure:
+            words += ["-global", "driver=cfi.pflash01,property=secure,value=on"]
+        words += ["-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={self.code}"]
+        return words
+
+
+PLAIN: Final = Firmware(CODE, VARS, secure=False)
+SECURE_BOOT: Final = Firmware(
+    CODE.with_name("OVMF_CODE_4M.secboot.fd"), CODE.with_name("OVMF_VARS_4M.ms.fd"), secure=True
+)
+"""Secure Boot is on, with Microsoft's certificates in its variables."""
+SECURE_BOOT_OFF: Final = Firmware(SECURE_BOOT.code, VARS, secure=True)
+"""The same, whose variables are back to those of a machine without an owner."""
+
+
 def start(
     directory: Path,
     *,
@@ -145,8 +171,33 @@ def start(
     cmdline: str,
     disks: Sequence[Disk],
     verifier: str | None,
+) -> contextlib.AbstractContextManager[Machine]:
+    """Switch a machine on whose kernel QEMU hands over; else as ``switch_on``."""
+    boots = ["-kernel", str(kernel), "-initrd", str(initramfs), "-append", cmdline]
+    return switch_on(directory, boots=boots, disks=disks, verifier=verifier)
+
+
+def from_disk(image: Path) -> list[str]:
+    """Say what is booted: whatever the firmware finds on this disk, which is only read."""
+    return [
+        *("-drive", f"file={image},if=none,id=boot,format=raw,snapshot=on"),
+        *("-device", "virtio-blk-pci,drive=boot,serial=boot,bootindex=0"),
+    ]
+
+
+@contextlib.contextmanager
+def switch_on(
+    directory: Path,
+    *,
+    boots: Sequence[str],
+    disks: Sequence[Disk],
+    verifier: str | None,
+    firmware: Firmware = PLAIN,
 ) -> Iterator[Machine]:
-    """Switch a machine on, with its verifier at the URL ``verifier`` of this machine, or absent; off at the end."""
+    """Switch a machine on, with its verifier at the URL ``verifier`` of this machine, or absent; off at the end.
+
+    ``boots`` are QEMU's words for what is booted.
+    """
     directory.mkdir(parents=True)
     port_file = directory / "verifier-port"
     relay = shutil.which("python3") or "python3"
@@ -156,8 +207,7 @@ def start(
             "-n",
             "5",
             "qemu-system-x86_64",
-            "-machine",
-            "q35",
+            *firmware.machine,
             "-accel",
             "tcg,thread=multi",
             "-cpu",
@@ -177,9 +227,8 @@ def start(
             "-no-reboot",
         ),
         *("-nodefaults", "-no-user-config"),
-        *("-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={CODE}"),
         *("-drive", f"if=pflash,format=raw,unit=1,file={directory / 'vars.fd'}"),
-        *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", cmdline),
+        *boots,
         *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
         "-netdev",
         f"user,id=n0,restrict=on,guestfwd=tcp:{VERIFIER_AT}-cmd:{relay} -IS {Path(__file__).with_name('relay.py')} {port_file}",
@@ -188,7 +237,7 @@ def start(
     for number, disk in enumerate(disks):
         command += ["-drive", f"file={disk.path},if=none,id=d{number},format=raw,snapshot=on"]
         command += ["-device", f"virtio-blk-pci,drive=d{number},serial={disk.serial}"]
-    shutil.copy(VARS, directory / "vars.fd")
+    shutil.copy(firmware.variables, directory / "vars.fd")
     with _tpm(directory) as socket_path:
         command += [
             "-chardev",
