@@ -126,6 +126,14 @@ LOAD_OPTION = struct.pack("<IH", 1, 0) + "debian\0".encode("utf-16-le")
             one(14, IPL, b"MokList\0", b"keys of the owner"),
             "PCR 14 shim's MokList (content digest; name not measured)",
         ),
+        (
+            one(12, IPL, "Credentials initrd\0".encode("utf-16-le"), b"an archive"),
+            "PCR 12 beside the UKI: Credentials initrd (content digest; name not measured)",
+        ),
+        (
+            one(13, IPL, "System extension initrd\0".encode("utf-16-le"), b"an archive"),
+            "PCR 13 beside the UKI: System extension initrd (content digest; name not measured)",
+        ),
         (one(3, 0x1234, b"\x01\x02", b"\x01"), "PCR 3 event type 0x00001234 0102 (not measured)"),
     ],
 )

@@ -329,6 +329,8 @@ _MEASURED_IPL: Final = {m.UKI_SECTION_PCR: "UKI section name", m.UKI_COMMAND_LIN
 _UNMEASURED_IPL: Final = {
     m.GRUB_FILE_PCR: ("GRUB read", "file content"),
     m.UKI_SECTION_PCR: ("UKI section", "content digest"),
+    m.UKI_COMMAND_LINE_PCR: ("beside the UKI:", "content digest"),
+    m.UKI_EXTENSION_PCR: ("beside the UKI:", "content digest"),
     m.SHIM_PCR: ("shim's", "content digest"),
 }
 
