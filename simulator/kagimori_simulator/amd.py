@@ -169,7 +169,11 @@ class AmdRoot:
         return self.asvk.der
 
     def vcek(self, chip_id: bytes, tcb: bytes, *, not_before: dt.datetime | None = None) -> Vek:
-        """Issue a VCEK certificate for one chip (64 bytes) at one REPORTED_TCB (8 bytes). Raises UsageError."""
+        """Issue a VCEK certificate for one chip (64 bytes) at one REPORTED_TCB (8 bytes). Raises UsageError.
+
+        AMD's service has a clock of its own, whatever that of the machine says which asks: the certificate is as old as
+        the key that signs it, unless told otherwise.
+        """
         hwid_size = TURIN_HWID_SIZE if self.product == "Turin" else CHIP_ID_SIZE
         if len(chip_id) != CHIP_ID_SIZE or any(chip_id[hwid_size:]):
             raise UsageError(
@@ -181,7 +185,8 @@ class AmdRoot:
         key = self._vek_key(b"vcek", hwid, tcb)
         name = _VCEK_PRODUCT_NAME[self.product]
         extensions = [*self._tcb_extensions(name, tcb), (f"{_AMD_OID}.4", hwid)]
-        certificate = self._issue_vek("SEV-VCEK", self.ask, key, extensions, not_before)
+        start = not_before or self.ask.certificate.not_valid_before_utc
+        certificate = self._issue_vek("SEV-VCEK", self.ask, key, extensions, start)
         return Vek(certificate, key)
 
     def vlek(self, tcb: bytes, csp_id: str = DEFAULT_CSP_ID, *, not_before: dt.datetime | None = None) -> Vek:

@@ -174,6 +174,15 @@ def test_a_certificate_is_issued_anew_over_the_same_key(root: AmdRoot) -> None:
     assert len(set(numbers)) == 5
 
 
+def test_a_chips_certificate_does_not_follow_the_clock_of_whoever_asks_for_it(
+    root: AmdRoot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest's clock is its host's to bend, and a guest that simulates its hardware would bend AMD's with it."""
+    monkeypatch.setattr(amd, "_now", lambda: dt.datetime(2009, 1, 1, tzinfo=dt.UTC))
+    certificate = load(root.vcek(bytes(64), bytes(8)).certificate_der)
+    assert certificate.not_valid_before_utc == load(root.ask_der).not_valid_before_utc
+
+
 def test_a_vek_signs_what_its_certificate_verifies(root: AmdRoot) -> None:
     """The signature is ECDSA P-384 over SHA-384."""
     vek = root.vcek(CHIP, MILAN_TCB)
