@@ -75,7 +75,8 @@ def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -
     finally:
         capped = cap_boot(config)
         confirmed = answered is not None and _confirm(config, answered, outcome, say)
-        if answered is not None and not confirmed:
+        # Where the volumes are not open, there will be no booted system to send it.
+        if answered is not None and not confirmed and outcome == "opened":
             _keep_confirm(answered, outcome, say)
     return replace(unlocked, capped=tuple(capped), confirmed=confirmed)
 

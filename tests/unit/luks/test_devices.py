@@ -167,6 +167,23 @@ def test_a_volume_is_mapped_under_its_name(
     assert "--test-passphrase" not in arguments
 
 
+def test_what_crypttab_wants_of_a_mapping_reaches_cryptsetup_and_a_proof_not(
+    root: Path, disk: Path, instead: Callable[[str], Path], vault: Vault
+) -> None:
+    """They say how to map, so they mean nothing where nothing is mapped."""
+    dm = root / "sys/class/block/dm-0/dm"
+    said = disk.parent / "arguments"
+    instead(
+        f'echo "$@" >> {said}; mkdir -p {dm}; echo cryptroot > {dm}/name; echo {vault.mapping_uuid} > {dm}/uuid; cat >/dev/null'
+    )
+    for prove in (False, True):
+        volume = vault.volume(disk)
+        open_volume(volume, vault.key, prove=prove, timeout_s=30, flags=["--allow-discards"], root=root)
+    mapped, proved = said.read_text().splitlines()
+    assert mapped.endswith(f" --allow-discards {disk} cryptroot")
+    assert "--allow-discards" not in proved
+
+
 def test_a_mapping_that_cryptsetup_only_claims_is_not_believed(
     root: Path, disk: Path, instead: Callable[[str], Path], vault: Vault
 ) -> None:
