@@ -24,7 +24,6 @@ from tpm2_pytss.types import (
     TPMT_PUBLIC,
     TPMT_SIGNATURE,
 )
-from tpm2_pytss.utils import make_credential as _make_credential
 
 from kagimori_protocol.errors import Malformed
 
@@ -228,6 +227,9 @@ def make_credential(ek_public: bytes, name: bytes, secret: bytes) -> tuple[bytes
     Returns the marshalled TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET (TPM 2.0 part 1, section 24). Random.
     Raises Malformed if the EK is not of template L-1.
     """
+    # Only a verifier makes credentials: an initramfs does without this part of the library.
+    from tpm2_pytss.utils import make_credential as _make_credential  # noqa: PLC0415 - as said above
+
     public = TPM2B_PUBLIC(publicArea=parse_public(require_ek_l1(ek_public)))
     try:
         id_object, encrypted_secret = _make_credential(public, secret, TPM2B_NAME(name=name))
