@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from kagimori_agent import console
@@ -59,3 +61,17 @@ def test_a_refused_key_is_told_check_by_check(capsys: pytest.CaptureFixture[str]
     assert "FAILS  pcr.8" in printed
     assert "FAILS  pcr.9" in printed
     assert "to do: Ask the owner." in printed
+
+
+def test_who_debugs_sees_what_libraries_log_and_no_terminal_obeys_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header that urllib3 complains of is the host's to write."""
+    root = logging.Logger("root")
+    monkeypatch.setattr(logging, "root", root)
+    console.debug()
+    root.debug("headers: %s", "\x1b[2J")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("kagimori-agent: [")
+    assert captured.err.endswith(" s, root] headers: \\x1b[2J\n")
