@@ -67,7 +67,7 @@ def test_who_debugs_sees_what_libraries_log_and_no_terminal_obeys_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A header that urllib3 complains of is the host's to write."""
-    root = logging.Logger("root")
+    root = logging.Logger("root")  # noqa: LOG001 - of this test alone
     monkeypatch.setattr(logging, "root", root)
     console.debug()
     root.debug("headers: %s", "\x1b[2J")
