@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 READ_ONCE = {
-    # As the program starts, by its only thread.
+    # By the only thread that the program has by then.
     "kagimori_agent.config": "agent.toml",
+    "kagimori_agent.confirm": "a Confirm that was kept, by the verb that sends it",
     "kagimori_verifier.settings": "verifier.toml",
 }
 PROGRAM = """
@@ -32,7 +33,7 @@ for one in below(msgspec.Struct):
 
 
 def test_no_class_is_first_looked_at_by_a_request() -> None:
-    """Importing the programs has prepared every class but those of files that are read as they start."""
+    """Importing the programs has prepared every class but those of files that one thread reads, once."""
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     found = [line.split() for line in done.stdout.splitlines()]
     ready = {name for module, name, is_ready in found if is_ready == "True"}
