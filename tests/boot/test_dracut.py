@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.boot.estate import BOOT_S, Site, session_in
 from tests.boot.images import SECRET
-from tests.boot.variants import DRACUT, DRACUT_WITHOUT_SYSTEMD, UUID, Variant
+from tests.boot.variants import DRACUT, DRACUT_TRIXIE, DRACUT_WITHOUT_SYSTEMD, UUID, Variant
 
 from kagimori_agent.cap import CAPPED
 
@@ -17,7 +17,7 @@ def on(**variants: Variant) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("variant", variants.values(), ids=variants, indirect=True, scope="session")
 
 
-@on(systemd=DRACUT, plain=DRACUT_WITHOUT_SYSTEMD)
+@on(systemd=DRACUT, plain=DRACUT_WITHOUT_SYSTEMD, trixie=DRACUT_TRIXIE)
 def test_an_accepted_boot_gets_its_key_and_reaches_its_root(site: Site) -> None:
     """Measured, attested, released, mapped before others look at the volume, capped, handed over; nobody was asked."""
     with site.serving() as served, site.booted(served.url) as machine:

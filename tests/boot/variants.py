@@ -22,6 +22,11 @@ _BOOKWORM: Final = (
     *("libtss2-esys-3.0.2-0", "libtss2-tcti-device0", "libtss2-tctildr0", "libtss2-mu0", "libtss2-rc0"),
     *("libtss2-fapi1", "libtss2-sys1", "fuse3", "libfuse3-3"),
 )
+_TRIXIE: Final = (
+    *("linux-image-cloud-amd64", "cryptsetup-bin", "udev", "kmod", "busybox", "zstd", "python3"),
+    *("libtss2-esys-3.0.2-0t64", "libtss2-tcti-device0t64", "libtss2-tctildr0t64", "libtss2-mu-4.0.1-0t64"),
+    *("libtss2-rc0t64", "libtss2-fapi1t64", "libtss2-sys1t64", "systemd-ukify", "systemd-boot-efi"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,4 +100,10 @@ DRACUT_WITHOUT_SYSTEMD: Final = replace(
     DRACUT,
     make=(*_DRACUT[:-1], "--omit", "systemd systemd-initrd dracut-systemd", _DRACUT[-1]),
     cmdline=f"{_CMDLINE} rd.luks.uuid={UUID}",
+)
+DRACUT_TRIXIE: Final = replace(
+    DRACUT,
+    name="trixie-dracut",
+    suite="trixie",
+    packages=(*_TRIXIE, "dracut", "systemd-sysv", "systemd-cryptsetup"),
 )
