@@ -230,6 +230,7 @@ def test_a_change_far_into_a_long_command_line_is_in_sight() -> None:
     said = first_difference([(bytes(32), recorded)], events)
     assert said is not None
     assert "a init=/bin/sh a" in said
+    assert said.count("grub_cmd: linux /vmlinuz") == 2
 
 
 def test_only_what_is_measured_is_recorded_at_length() -> None:

@@ -80,7 +80,8 @@ _BMP_END: Final = 0x10000
 
 _BYTES_SHOWN: Final = 16
 _TEXT_READ: Final = RECORDED_LENGTH
-_BEFORE: Final = 40
+_HEAD: Final = 30
+_BEFORE: Final = 30
 _TEXT_LENGTH: Final = 4
 _TEXT_BYTES: Final = bytes({*_PRINTABLE, *b"\t\n\r"})
 _VALUE_SHOWN: Final = 8
@@ -158,11 +159,11 @@ def _parting(known: str, head: str, found: str) -> tuple[str, str]:
     known = printable(known, RECORDED_LENGTH)
     pairs = enumerate(zip(known, found, strict=False))
     same = next((at for at, (a, b) in pairs if a != b), min(len(known), len(found)))
-    if max(len(known), len(found)) <= LINE_LENGTH or same < LINE_LENGTH - _BEFORE:
+    if max(len(known), len(found)) <= LINE_LENGTH or same < LINE_LENGTH // 2:
         return printable(known), printable(found.removeprefix(head))
-    start = same - _BEFORE
-    cut = [f"...{text[start:]}" for text in (known, found)]
-    return printable(cut[0]), printable(cut[1])
+    rest = slice(same - _BEFORE, None)
+    cut = [f"{text[:_HEAD]}...{text[rest]}" for text in (known, found)]
+    return printable(cut[0]), printable(cut[1].removeprefix(head))
 
 
 def printable(text: str, limit: int = LINE_LENGTH) -> str:
