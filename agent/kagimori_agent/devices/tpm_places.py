@@ -178,5 +178,6 @@ def _explain_no_log(path: Path, root: Path, expected: str) -> KagimoriError:
         code="eventlog.absent",
         expected=expected,
         found="no such file",
-        todo="Use firmware with TCG2 measured boot; Linux drops a log that it cannot parse (see `dmesg`).",
+        todo="Use firmware with TCG2 measured boot, and a boot loader that enters Linux by its EFI stub, which saves the "
+        "log: GRUB 2.06 does so only with Secure Boot on. Linux drops a log that it cannot parse (see `dmesg`).",
     )
