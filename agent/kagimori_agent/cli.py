@@ -235,7 +235,8 @@ def _dry_run(options: argparse.Namespace) -> int:
             }
         )
     else:
-        console.show_checks(verdict.checks, every=options.all)
+        # Whether it is capped counts for no dry-run, and who debugs a boot wants to know.
+        console.show_checks(verdict.checks, every=options.all, always={"cap.off"})
         word = "would get its keys" if verdict.allowed else "would get no key"
         print(f"{answered.endpoint.name}: this boot {word} (session {session})")
     return 0 if verdict.allowed else 1

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from kagimori_protocol.errors import KagimoriError
     from kagimori_protocol.messages import Check
@@ -47,10 +47,15 @@ def explain(error: KagimoriError) -> None:
             print(f"{_INDENT}{name}: {_one_line(text)}", file=sys.stderr, flush=True)
 
 
-def show_checks(checks: Sequence[Check], *, every: bool, stream: TextIO | None = None) -> None:
-    """Print a verdict's checks (on stdout), those that failed last, where a console still shows them."""
+def show_checks(
+    checks: Sequence[Check], *, every: bool, always: Container[str] = (), stream: TextIO | None = None
+) -> None:
+    """Print a verdict's checks (on stdout), those that failed last, where a console still shows them.
+
+    Of those that hold only the ones named in ``always``, unless ``every``.
+    """
     for check in sorted(checks, key=lambda one: not one.ok):
-        if check.ok and every:
+        if check.ok and (every or check.id in always):
             print(f"holds  {check.id}: {_one_line(check.found)}", file=stream)
         elif not check.ok:
             print(f"FAILS  {check.id}", file=stream)
