@@ -49,6 +49,7 @@ _IN_DISK: Final = (
     "etc",
 )
 _PYTHONS: Final = {"bookworm": "3.11", "trixie": "3.13"}
+_CRYPTTAB: Final = f"cryptroot UUID={UUID} none luks,initramfs,discard\n"
 _TIMEOUT_S: Final = 900
 
 
@@ -71,7 +72,7 @@ def build(cache: Cache, variant: Variant) -> Images:
     _, own = (first, base) if variant is INITRAMFS_TOOLS else _build_base(cache, variant)
     amd = cache.get("amd", ["1"], _build_amd)
     hardware = cache.get(
-        "hardware", [base.name, amd.name, "1"], lambda to: _build_hardware(to, base / "root", amd)
+        "hardware", [base.name, amd.name, "2"], lambda to: _build_hardware(to, base / "root", amd)
     )
     volume = cache.get(
         "volume",
@@ -101,7 +102,7 @@ def _build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
     rooms = [ROOT / name for name in ("agent", "protocol", "simulator", "pyproject.toml")]
     agent = cache.get(
         f"{variant.name}.agent",
-        [debian.name, wheels.name, *rooms, *variant.rooms, UUID],
+        [debian.name, wheels.name, *rooms, *variant.rooms, UUID, _CRYPTTAB],
         lambda to: _build_agent(to, debian, wheels, variant),
     )
     return debian, agent
@@ -178,7 +179,7 @@ def _build_agent(to: Path, debian: Path, wheels: Path, variant: Variant) -> None
     _write(chroot / "usr/bin/kagimori-agent", _LAUNCHER, 0o755)
     variant.place(chroot)
     install(GUEST / "serve.py", chroot / "simulated/serve.py")
-    _write(chroot / "etc/crypttab", f"cryptroot UUID={UUID} none luks,initramfs\n", 0o644)
+    _write(chroot / "etc/crypttab", _CRYPTTAB, 0o644)
     _write(chroot / "etc/fstab", "/dev/mapper/cryptroot / ext4 ro 0 1\n", 0o644)
 
 
@@ -201,10 +202,21 @@ def _build_hardware(to: Path, chroot: Path, amd: Path) -> None:
     (tree / "simulated/measurement").write_text(MEASUREMENT, encoding="ascii")
     for name in ("bin", "lib", "lib64", "sbin"):
         (tree / name).symlink_to(f"usr/{name}")
-    for name in ("dev", "proc", "run", "tmp"):
+    for name in ("dev", "proc", "run", "sys", "tmp"):
         (tree / name).mkdir()
+    _put_swtpm(tree / "simulated/swtpm")
     _make_ext4(tree, to / "disk.img", "320M")
     shutil.rmtree(tree)
+
+
+def _put_swtpm(directory: Path) -> None:
+    """Put this machine's swtpm there, with all that it is linked to: a guest's second TPM, behind vtpm-proxy."""
+    program = shutil.which("swtpm")
+    assert program is not None
+    directory.mkdir()
+    words = _run(["ldd", program]).split()
+    for source in {program, *(word for word in words if word.startswith("/"))}:
+        shutil.copy(source, directory)
 
 
 def _build_volume(to: Path, debian: Path) -> None:

@@ -58,11 +58,14 @@ class Machine:
     _news: threading.Condition = field(default_factory=threading.Condition)
     _ended: bool = False
 
-    def wait_for(self, pattern: str, timeout_s: float) -> Line:
-        """Give the first line that matches, or fail with the console's end: at time out, or when the machine is off."""
+    def wait_for(self, pattern: str, timeout_s: float, since: int = 0) -> Line:
+        """Give the first line that matches, or fail with the console's end: at time out, or when the machine is off.
+
+        The first ``since`` lines are not looked at.
+        """
         wanted = re.compile(pattern)
         deadline = time.monotonic() + timeout_s
-        looked_at = 0
+        looked_at = since
         with self._news:
             while True:
                 for line in self.lines[looked_at:]:
@@ -94,6 +97,12 @@ class Machine:
     def tail(self, count: int = 40) -> str:
         """Give the console's end."""
         return "\n".join(f"{line.at_s:7.2f}  {line.text}" for line in self.lines[-count:])
+
+    def type(self, text: str) -> None:
+        """Type a line at the serial console, as whoever has the host can."""
+        assert self.qemu.stdin is not None
+        self.qemu.stdin.write(text.encode() + b"\n")
+        self.qemu.stdin.flush()
 
     def phases(self) -> dict[str, float]:
         """Give the second at which each phase began, as far as the boot came."""
@@ -193,6 +202,7 @@ def switch_on(
     disks: Sequence[Disk],
     verifier: str | None,
     firmware: Firmware = PLAIN,
+    tpm: bool = True,
 ) -> Iterator[Machine]:
     """Switch a machine on, with its verifier at the URL ``verifier`` of this machine, or absent; off at the end.
 
@@ -246,8 +256,10 @@ def switch_on(
             "emulator,id=tpm0,chardev=chrtpm",
         ]
         command += ["-device", "tpm-crb,tpmdev=tpm0"]
+        if not tpm:
+            command = command[: command.index(f"socket,id=chrtpm,path={socket_path}") - 1]
         with (directory / "qemu.log").open("wb") as errors:
-            qemu = _spawn(command, stdout=subprocess.PIPE, stderr=errors)
+            qemu = _spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         machine = Machine(directory, qemu, port_file)
         machine.connect_verifier(verifier)
         reader = threading.Thread(target=machine._read, daemon=True)
@@ -257,8 +269,9 @@ def switch_on(
         finally:
             _stop(qemu)
             reader.join(_STOP_S)
-            if qemu.stdout is not None:
-                qemu.stdout.close()
+            for pipe in (qemu.stdin, qemu.stdout):
+                if pipe is not None:
+                    pipe.close()
 
 
 @contextlib.contextmanager
@@ -285,10 +298,12 @@ def _tpm(directory: Path) -> Iterator[Path]:
             _stop(process)
 
 
-def _spawn(command: list[str], *, stdout: int, stderr: int | IO[bytes]) -> subprocess.Popen[bytes]:
+def _spawn(
+    command: list[str], *, stdout: int, stderr: int | IO[bytes], stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     """Start a program that the kernel kills when this process dies."""
     whole = ["setpriv", "--pdeathsig", "KILL", "--", *command]
-    return subprocess.Popen(whole, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+    return subprocess.Popen(whole, stdin=stdin, stdout=stdout, stderr=stderr)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

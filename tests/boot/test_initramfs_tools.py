@@ -50,13 +50,3 @@ def test_a_changed_command_line_is_refused_with_its_reason(site: Site) -> None:
     assert [check["id"] for check in failed] == ["pcr.9"]
     assert "Linux load options" in failed[0]["found"]
     assert site.events()[:2] == ["confirmed-received", "refused"]
-
-
-def test_a_verifier_that_is_away_is_waited_for(site: Site) -> None:
-    """A verifier that restarts while a machine boots costs seconds, not the boot."""
-    with site.booted(None) as machine:
-        machine.wait_for("no verifier answers, try 3", BOOT_S)
-        with site.serving() as served:
-            machine.connect_verifier(served.url)
-            machine.wait_for("guest: root reached", BOOT_S)
-            machine.wait_off(BOOT_S)
