@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from kagimori_verifier.appraise.reference import BootState, PcrReference, Refere
 from kagimori_verifier.appraise.snp import appraise_snp
 from kagimori_verifier.claims import Revocation, Root, SnpClaims
 from kagimori_verifier.trail import Trail
+from kagimori_verifier.verify.eventlog import Event
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -282,11 +284,12 @@ def booted(
     vm: tuple[BootState, ...] = (state("own", VM),),
     purpose: str = "unlock",
     boot_way: BootWay = "grub",
+    events: Mapping[int, tuple[Event, ...]] = MappingProxyType({}),
 ) -> dict[str, Check]:
     """Apply the rules about a boot; gives the checks by id."""
     trail = Trail()
     references = References(policy(boot_way=boot_way), frozenset(), profile, vm)
-    appraise_boot(trail, purpose, pcrs, {}, references)
+    appraise_boot(trail, purpose, pcrs, events, references)
     return {check.id: check for check in trail.checks}
 
 
@@ -388,3 +391,17 @@ def test_a_pcr_without_events_is_zero_and_its_reference_says_so() -> None:
     quoted = QUOTED | {14: bytes(32)}
     assert unmet(booted(quoted)) == {"pcr.14"}
     assert unmet(booted(quoted, profile=(state("shared", PROFILE | {14: 0}),))) == set()
+
+
+def test_what_was_measured_where_nothing_was_is_told() -> None:
+    """A credential beside a UKI, say; a reference that holds a value alone knows no events to compare with."""
+    name = "Credentials initrd\0".encode("utf-16-le")
+    events = {index: (Event(0, index, 0x0D, {"sha256": digest(7)}, name),) for index in (12, 13)}
+    governed = {index: index for index in policy(boot_way="uki").governed_pcrs}
+    known = state("own", governed | {12: 0})
+    quoted = {index: digest(value) for index, value in governed.items()} | {13: digest(1), 15: bytes(32)}
+    checks = booted(quoted, vm=(known,), boot_way="uki", events=events)
+    assert unmet(checks) == {"pcr.12", "pcr.13"}
+    assert "Event 1 is not expected" in checks["pcr.12"].found
+    assert "beside the UKI: Credentials initrd" in checks["pcr.12"].found
+    assert "Event" not in checks["pcr.13"].found

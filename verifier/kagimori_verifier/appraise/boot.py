@@ -80,7 +80,8 @@ def _note_pcr(  # noqa: PLR0913 - one PCR, and the four things that are known of
         return
     holds = value == reference.digest
     found = _hex(value)
-    if not holds and reference.events:
+    # A PCR that nothing was measured into is zero; a value without events otherwise came from a file that names none.
+    if not holds and (reference.events or reference.digest == ZERO):
         found = " ".join(filter(None, (f"{found}:", first_difference(reference.events, events))))
     trail.note(f"pcr.{index}", holds, expected=f"{_hex(reference.digest)} ({owner})", found=found)
 
