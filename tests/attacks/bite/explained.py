@@ -45,7 +45,6 @@ AGENT: Final[dict[str, str]] = {
     "answer.unexpected": "a signed reply of another type holds no key: this says so instead of a traceback",
     "answer.stale": "tells the agent to ask anew; what is stale, the verifier has refused (session.fresh, session.unused)",
     "unsupported-version": "a signed word about versions holds no key; nothing is negotiated, the agent gives up",
-    "cmdline.read": "without /proc there is no command line to judge; what may stand there is cmdline.word's (tests/unit)",
     "unlock.no-volumes": "an agent.toml without a volume: nothing to open, nothing to ask for",
     "hello.hpke-key": "bytes that are no public key cannot be sealed to: the library refuses, this gives it a name",
 }
