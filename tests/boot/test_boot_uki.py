@@ -72,3 +72,15 @@ def test_an_image_with_another_command_line_is_refused(
     assert "BOOTX64.EFI" in found["pcr.4"]
     assert "Linux load options" in found["pcr.9"]
     assert "UKI section .cmdline" in found["pcr.11"]
+
+
+def test_a_credential_beside_the_image_is_refused(owned: DiskSite, estate: Estate, tmp_path: Path) -> None:
+    """The stub hands on whatever lies beside the image, and no signature covers it: a root password, say."""
+    credential = tmp_path / "passwd.plaintext-password.root.cred"
+    credential.write_text("mallory", encoding="ascii")
+    images = estate.images
+    disk = uki.disk(tmp_path / "disk", images, estate.initramfs, images.variant.cmdline, credential)
+    found = owned.refused(disk, PLAIN)
+    assert set(found) == {"pcr.9", "pcr.12"}
+    assert "Linux initrd" in found["pcr.9"]
+    assert "beside the UKI: Credentials initrd" in found["pcr.12"]

@@ -41,8 +41,11 @@ _SYSTEM: Final = uuid.UUID("6b616769-6d6f-7269-8000-0000000000e1")
 _IN_CHROOT: Final = 'mount --bind "$1" "$0/mnt" && shift && exec chroot "$0" "$@"'
 
 
-def disk(to: Path, images: Images, initramfs: Path, cmdline: str) -> Path:
-    """Make the disk of a machine whose firmware starts such an image, with the ukify and the stub of its own Debian."""
+def disk(to: Path, images: Images, initramfs: Path, cmdline: str, credential: Path | None = None) -> Path:
+    """Make the disk of a machine whose firmware starts such an image, with the ukify and the stub of its own Debian.
+
+    A ``credential`` lies where the stub takes such from.
+    """
     to.mkdir(parents=True)
     shutil.copy(images.kernel, to / "vmlinuz")
     shutil.copy(initramfs, to / "initrd.img")
@@ -51,6 +54,9 @@ def disk(to: Path, images: Images, initramfs: Path, cmdline: str) -> Path:
     parts += ["--os-release=@/etc/os-release", f"--uname={release}", "--output=/mnt/uki.efi"]
     place = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _IN_CHROOT]
     run(*place, str(images.chroot), str(to), "ukify", "build", *parts, cwd=to)
-    esp.fat(to / "esp.img", {"/EFI/BOOT/BOOTX64.EFI": to / "uki.efi"})
+    files = {"/EFI/BOOT/BOOTX64.EFI": to / "uki.efi"}
+    if credential is not None:
+        files[f"/EFI/BOOT/BOOTX64.EFI.extra.d/{credential.name}"] = credential
+    esp.fat(to / "esp.img", files)
     esp.disk(to / "disk.img", [esp.Partition(esp.SYSTEM_PARTITION, _SYSTEM, to / "esp.img")])
     return to / "disk.img"
