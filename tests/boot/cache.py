@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -21,9 +22,10 @@ _KEPT: Final = 3
 class Cache:
     """Directories below ``root``; several processes may use it, and one builds at a time."""
 
-    def __init__(self, root: Path) -> None:
-        """Use ``root``, which is made."""
+    def __init__(self, root: Path, say: Callable[[str], None] = lambda _: None) -> None:
+        """Use ``root``, which is made. ``say`` hears what is built, and how long that took."""
         self.root = root
+        self._say = say
         root.mkdir(parents=True, exist_ok=True)
 
     def get(self, layer: str, made_from: Iterable[object], build: Callable[[Path], None]) -> Path:
@@ -38,8 +40,11 @@ class Cache:
                 unfinished = self.root / f"unfinished-{layer}"
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
+                began = time.monotonic()
+                self._say(f"building {layer} ...")
                 build(unfinished)
                 unfinished.rename(path)
+                self._say(f"building {layer}: done in {time.monotonic() - began:.0f} s")
             os.utime(path)
             entries = sorted(self.root.glob(f"{layer}-*"), key=lambda entry: entry.stat().st_mtime_ns)
             for entry in entries[:-_KEPT]:

@@ -45,7 +45,11 @@ class Estate:
 
 def build(cache: Cache, variant: Variant, kind: str = "svsm-vtpm", measurement: str = MEASUREMENT) -> Estate:
     """Build it, or find it in the cache; the owner knows ``measurement`` as that of a VM of this ``kind``."""
-    built = images.build(cache, variant)
+    return of(cache, images.build(cache, variant), kind, measurement)
+
+
+def of(cache: Cache, built: Images, kind: str = "svsm-vtpm", measurement: str = MEASUREMENT) -> Estate:
+    """Give the estate of these images, as ``build`` does."""
     rooms = [ROOT / name for name in ("verifier", "protocol", "pyproject.toml")]
     made_from = [built.volume.parent.name, built.amd_root.parent.name, *rooms, Path(__file__)]
     owner = cache.get(

@@ -113,13 +113,13 @@ def build_initramfs(cache: Cache, images: Images, agent_toml: str) -> Path:
 
     def make(to: Path) -> None:
         chroot = to / "root"
-        _copy_tree(images.chroot, chroot)
+        copy_tree(images.chroot, chroot)
         (chroot / "etc/kagimori").mkdir()
         (chroot / "etc/kagimori/agent.toml").write_text(agent_toml, encoding="utf-8")
         release = images.kernel.name.removeprefix("vmlinuz-")
         command = [release if word == "KERNEL" else word for word in images.variant.make]
         with (to / "make.log").open("w+b") as log:
-            _in_chroot(chroot, command, log.fileno())
+            in_chroot(chroot, command, log.fileno())
         shutil.move(chroot / "made.img", to / "initrd.img")
         shutil.rmtree(chroot)
 
@@ -143,7 +143,7 @@ def _wheels(cache: Cache, python: str) -> Path:
 def _build_debian(to: Path, variant: Variant, source: Archive) -> None:
     """Install Debian from the mirrors of this machine's own apt configuration."""
     quiet = ["man", "locale", "doc"]
-    _run(
+    run(
         [
             *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"),
             '--aptopt=Acquire::Languages "none"',
@@ -157,7 +157,7 @@ def _build_debian(to: Path, variant: Variant, source: Archive) -> None:
 
 def _apt_options() -> list[str]:
     """Repeat what this machine's apt is told about dates: its mirror may be a snapshot."""
-    dumped = _run(["apt-config", "dump"])
+    dumped = run(["apt-config", "dump"])
     return [
         f"--aptopt={line.rstrip(';')}" for line in dumped.splitlines() if line.startswith("Acquire::Check-")
     ]
@@ -166,21 +166,21 @@ def _apt_options() -> list[str]:
 def _build_agent(to: Path, debian: Path, wheels: Path, variant: Variant) -> None:
     """Put the agent and what runs it where a package would put them."""
     chroot = to / "root"
-    _copy_tree(debian / "root", chroot)
+    copy_tree(debian / "root", chroot)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(to / "own"), str(ROOT)])
+    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(to / "own"), str(ROOT)])
     into = ["--target", str(chroot / _PYTHON), *map(str, wheels.iterdir()), *map(str, (to / "own").iterdir())]
     options = ["--no-deps", "--no-index", "--no-compile", "--root-user-action=ignore"]
-    _run([*pip, "install", *options, *wheelhouse.target(_PYTHONS[variant.suite]), *into])
+    run([*pip, "install", *options, *wheelhouse.target(_PYTHONS[variant.suite]), *into])
     mfusepy = find_spec("mfusepy")
     assert mfusepy is not None
     assert mfusepy.origin is not None
     install(Path(mfusepy.origin), chroot / "simulated/packages/mfusepy.py")
-    _write(chroot / "usr/bin/kagimori-agent", _LAUNCHER, 0o755)
+    write(chroot / "usr/bin/kagimori-agent", _LAUNCHER, 0o755)
     variant.place(chroot)
     install(GUEST / "serve.py", chroot / "simulated/serve.py")
-    _write(chroot / "etc/crypttab", _CRYPTTAB, 0o644)
-    _write(chroot / "etc/fstab", "/dev/mapper/cryptroot / ext4 ro 0 1\n", 0o644)
+    write(chroot / "etc/crypttab", _CRYPTTAB, 0o644)
+    write(chroot / "etc/fstab", "/dev/mapper/cryptroot / ext4 ro 0 1\n", 0o644)
 
 
 def _build_amd(to: Path) -> None:
@@ -193,11 +193,11 @@ def _build_hardware(to: Path, chroot: Path, amd: Path) -> None:
     tree = to / "tree"
     for name in _IN_DISK:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        _copy_tree(chroot / name, tree / name)
+        copy_tree(chroot / name, tree / name)
     (tree / "usr/lib/kagimori").mkdir()
-    _copy_tree(chroot / _PYTHON, tree / _PYTHON)
-    _copy_tree(chroot / "simulated", tree / "simulated")
-    _copy_tree(amd / "root", tree / "simulated/root")
+    copy_tree(chroot / _PYTHON, tree / _PYTHON)
+    copy_tree(chroot / "simulated", tree / "simulated")
+    copy_tree(amd / "root", tree / "simulated/root")
     shutil.copy(amd / "chip-id", tree / "simulated/chip-id")
     (tree / "simulated/measurement").write_text(MEASUREMENT, encoding="ascii")
     for name in ("bin", "lib", "lib64", "sbin"):
@@ -214,19 +214,19 @@ def _put_swtpm(directory: Path) -> None:
     program = shutil.which("swtpm")
     assert program is not None
     directory.mkdir()
-    words = _run(["ldd", program]).split()
+    words = run(["ldd", program]).split()
     for source in {program, *(word for word in words if word.startswith("/"))}:
         shutil.copy(source, directory)
 
 
 def _build_volume(to: Path, debian: Path) -> None:
-    """Make the encrypted root: a file system with one program in it, encrypted in place without device-mapper."""
+    """Make the encrypted root: a file system with one program in it."""
     tree = to / "tree"
     for name in ("bin", "dev", "proc", "sys", "run", "sbin", "etc"):
         (tree / name).mkdir(parents=True)
     busybox = debian / "usr/bin/busybox"
     shutil.copy2(busybox, tree / "bin/busybox")
-    for line in _run(["ldd", str(busybox)]).splitlines():
+    for line in run(["ldd", str(busybox)]).splitlines():
         library = next((Path(word) for word in line.split() if word.startswith("/")), None)
         if library is not None:
             target = tree / library.relative_to("/")
@@ -237,24 +237,29 @@ def _build_volume(to: Path, debian: Path) -> None:
     install(GUEST / "init", tree / "sbin/init")
     (tree / "secret").write_text(SECRET, encoding="utf-8")
     (tree / "etc/os-release").write_text(_OS_RELEASE, encoding="utf-8")
+    encrypted(tree, to, "48M")
+    shutil.rmtree(tree)
+
+
+def encrypted(tree: Path, to: Path, size: str) -> None:
+    """Make ``disk.img`` of a tree: a file system of this size, encrypted in place without device-mapper."""
     image = to / "disk.img"
-    _make_ext4(tree, image, "48M")
+    _make_ext4(tree, image, size)
     with image.open("r+b") as file:
         file.truncate(image.stat().st_size + (32 << 20))
     (to / "passphrase").write_bytes(PASSPHRASE)
     fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
-    _run(
+    run(
         [
             *("cryptsetup", "reencrypt", "-q", "--encrypt", "--type", "luks2", "--uuid", UUID),
             *("--reduce-device-size", "32M", "--resilience", "none", *fast),
             *("--key-file", str(to / "passphrase"), str(image)),
         ]
     )
-    shutil.rmtree(tree)
 
 
 def _make_ext4(tree: Path, image: Path, size: str) -> None:
-    _run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(tree), str(image), size])
+    run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(tree), str(image), size])
 
 
 def _kernel(chroot: Path) -> Path:
@@ -262,16 +267,18 @@ def _kernel(chroot: Path) -> Path:
     return kernel
 
 
-def _write(target: Path, text: str, mode: int) -> None:
+def write(target: Path, text: str, mode: int) -> None:
+    """Write a file of an image."""
     target.write_text(text, encoding="utf-8")
     target.chmod(mode)
 
 
-def _copy_tree(source: Path, target: Path) -> None:
-    _run(["cp", "-a", "--reflink=auto", str(source), str(target)])
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a tree with owners and modes."""
+    run(["cp", "-a", "--reflink=auto", str(source), str(target)])
 
 
-def _in_chroot(chroot: Path, command: Sequence[str], log: int) -> None:
+def in_chroot(chroot: Path, command: Sequence[str], log: int) -> None:
     """Run a command in a chroot with its kernel file systems, whose mounts end with it."""
     script = (
         'mount -t proc proc "$0/proc" && mount --rbind /sys "$0/sys" && mount --rbind /dev "$0/dev" &&'
@@ -297,7 +304,8 @@ def _read_all(descriptor: int) -> str:
     return Path(f"/proc/self/fd/{descriptor}").read_text(encoding="utf-8", errors="replace")
 
 
-def _run(command: Sequence[str], **environment: str) -> str:
+def run(command: Sequence[str], **environment: str) -> str:
+    """Run a program that must work; gives what it prints."""
     done = subprocess.run(
         command,
         check=False,

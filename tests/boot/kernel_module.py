@@ -36,6 +36,6 @@ def build(cache: Cache, built: Images) -> Path:
         for path in SOURCE.iterdir():
             shutil.copy(path, to)
         place = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _MAKE]
-        images._run([*place, str(headers / "root"), str(to), release])
+        images.run([*place, str(headers / "root"), str(to), release])
 
     return cache.get("kernel-module", [headers.name, release, SOURCE], make) / "kagimori_tsm.ko"

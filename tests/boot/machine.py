@@ -6,13 +6,14 @@ Everything a machine writes lies in its directory; everything it starts dies wit
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Final
@@ -31,12 +32,14 @@ PHASES: Final = (
     ("opened", r"kagimori-agent: \S+: mapped"),
     ("root", r"guest: root reached"),
     ("done", r"guest: done"),
+    ("login", r"^\S+ login: "),
 )
 """What a boot passes through, by the first console line of each; before the first of them runs the firmware."""
 
 _STOP_S: Final = 10
 _TPM_READY_S: Final = 10
 _POLL_S: Final = 0.05
+_READ_SIZE: Final = 65536
 
 
 @dataclass
@@ -55,6 +58,10 @@ class Machine:
     qemu: subprocess.Popen[bytes]
     port_file: Path
     lines: list[Line] = field(default_factory=list)
+    unfinished: Line | None = None
+    """What stands on the console's last line so far, such as a prompt."""
+    heard: Callable[[bytes], None] | None = None
+    """Gets what comes from the console, as it comes."""
     _news: threading.Condition = field(default_factory=threading.Condition)
     _ended: bool = False
 
@@ -71,6 +78,8 @@ class Machine:
                 for line in self.lines[looked_at:]:
                     if wanted.search(line.text):
                         return line
+                if self.unfinished is not None and wanted.search(self.unfinished.text):
+                    return self.unfinished
                 looked_at = len(self.lines)
                 left = deadline - time.monotonic()
                 if self._ended or left <= 0:
@@ -100,9 +109,7 @@ class Machine:
 
     def type(self, text: str) -> None:
         """Type a line at the serial console, as whoever has the host can."""
-        assert self.qemu.stdin is not None
-        self.qemu.stdin.write(text.encode() + b"\n")
-        self.qemu.stdin.flush()
+        self.type_raw(text.encode() + b"\n")
 
     def phases(self) -> dict[str, float]:
         """Give the second at which each phase began, as far as the boot came."""
@@ -121,20 +128,40 @@ class Machine:
         else:
             self.port_file.write_text(url.rpartition(":")[2].rstrip("/"), encoding="ascii")
 
+    def type_raw(self, keys: bytes) -> None:
+        """Type keys at the serial console."""
+        assert self.qemu.stdin is not None
+        self.qemu.stdin.write(keys)
+        self.qemu.stdin.flush()
+
     def _read(self) -> None:
         start = time.monotonic()
         assert self.qemu.stdout is not None
+        begun = b""
         with (self.directory / "serial.log").open("w", encoding="utf-8") as log:
-            for raw in self.qemu.stdout:
-                line = Line(time.monotonic() - start, raw.decode(errors="replace").rstrip("\r\n"))
-                log.write(f"{line.at_s:8.3f}  {line.text}\n")
+            while data := os.read(self.qemu.stdout.fileno(), _READ_SIZE):
+                *whole, begun = (begun + data).split(b"\n")
+                now = time.monotonic() - start
+                lines = [Line(now, _text(raw)) for raw in whole]
+                log.writelines(f"{line.at_s:8.3f}  {line.text}\n" for line in lines)
                 log.flush()
                 with self._news:
-                    self.lines.append(line)
+                    self.lines += lines
+                    self.unfinished = Line(now, _text(begun)) if begun else None
                     self._news.notify_all()
+                if self.heard is not None:
+                    self.heard(data)
+            log.write(_text(begun))
         with self._news:
+            if begun:
+                self.lines.append(Line(time.monotonic() - start, _text(begun)))
+                self.unfinished = None
             self._ended = True
             self._news.notify_all()
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace").rstrip("\r\n")
 
 
 @dataclass(frozen=True)

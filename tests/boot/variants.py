@@ -57,6 +57,8 @@ def install(source: Path, target: Path) -> None:
 def _place_common(chroot: Path) -> None:
     for script in (HOOK / "common").iterdir():
         install(script, chroot / "usr/lib/kagimori/boot" / script.name)
+    install(HOOK / "booted/booted", chroot / "usr/lib/kagimori/booted")
+    shutil.copy(HOOK / "booted/kagimori-confirm.service", chroot / "usr/lib/systemd/system")
 
 
 def _place_initramfs_tools(chroot: Path) -> None:
@@ -80,7 +82,7 @@ def _place_dracut(chroot: Path) -> None:
 INITRAMFS_TOOLS: Final = Variant(
     "bookworm-initramfs-tools",
     "bookworm",
-    (*_BOOKWORM, "initramfs-tools", "cryptsetup-initramfs"),
+    (*_BOOKWORM, "initramfs-tools", "cryptsetup-initramfs", "systemd-sysv"),
     (HOOK, GUEST),
     _place_initramfs_tools,
     ("mkinitramfs", "-o", "/made.img", "KERNEL"),
@@ -91,7 +93,7 @@ DRACUT: Final = Variant(
     "bookworm-dracut",
     "bookworm",
     (*_BOOKWORM, "dracut", "systemd-sysv"),
-    (HOOK / "common", MODULE, GUEST),
+    (HOOK, MODULE, GUEST),
     _place_dracut,
     _DRACUT,
     # The installer of a Debian with dracut names the volume here; systemd-cryptsetup then wants to open it.
