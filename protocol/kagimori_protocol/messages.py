@@ -30,6 +30,7 @@ PATH_RELEASE: Final = "/v1/release"
 PATH_CONFIRM: Final = "/v1/confirm"
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+EnrolProof = Annotated[bytes, Meta(min_length=64, max_length=64)]
 Session = Annotated[bytes, Meta(min_length=1, max_length=512)]
 PublicArea = Annotated[bytes, Meta(min_length=1, max_length=1024)]
 Uuid = Annotated[str, Meta(pattern=r"\A[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")]
@@ -38,7 +39,7 @@ Code = Annotated[str, Meta(pattern=r"\A[a-z0-9][a-z0-9.-]{0,62}\Z")]
 Text = Annotated[str, Meta(max_length=4096)]
 Purpose = Literal["unlock", "dry-run", "preflight", "enrol"]
 Kind = Literal["svsm-vtpm", "snp-direct"]
-Outcome = Literal["received", "opened", "failed"]
+Outcome = Literal["received", "opened", "failed", "reencrypted"]
 
 PURPOSES: Final[tuple[Purpose, ...]] = ("unlock", "dry-run", "preflight", "enrol")
 KINDS: Final[tuple[Kind, ...]] = ("svsm-vtpm", "snp-direct")
@@ -97,7 +98,10 @@ class PcrValue(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Evidence(Message, frozen=True, kw_only=True, tag="evidence"):
-    """All that a VM can show. ``hello`` is the Hello body, verbatim; ``report`` is checked for its size later."""
+    """All that a VM can show. ``hello`` is the Hello body, verbatim; ``report`` is checked for its size later.
+
+    ``enrol_proof`` is there for the purpose ``enrol`` alone: it proves the operator's code (``enrol_code``).
+    """
 
     version: int
     hello: Annotated[bytes, Meta(max_length=8192)]
@@ -108,6 +112,7 @@ class Evidence(Message, frozen=True, kw_only=True, tag="evidence"):
     quote: Quote | UnsetType = UNSET
     pcrs: Annotated[list[PcrValue], Meta(max_length=24)] | UnsetType = UNSET
     event_log: Annotated[bytes, Meta(max_length=MAX_EVENT_LOG)] | UnsetType = UNSET
+    enrol_proof: EnrolProof | UnsetType = UNSET
 
 
 class Credential(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

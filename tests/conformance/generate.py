@@ -11,10 +11,20 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tests.conformance.making import certificates, exchange, messages, replies, sealing, tie, tpm, vector
+from tests.conformance.making import (
+    certificates,
+    enrol,
+    exchange,
+    messages,
+    replies,
+    sealing,
+    tie,
+    tpm,
+    vector,
+)
 
 VECTORS: Final = Path(__file__).parent / "vectors"
-AREAS: Final = (tie, replies, sealing, messages, tpm, certificates, exchange)
+AREAS: Final = (tie, replies, sealing, messages, tpm, certificates, enrol, exchange)
 
 
 def made() -> dict[str, bytes]:

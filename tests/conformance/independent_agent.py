@@ -242,6 +242,7 @@ def exchange(config: Message, purpose: str, tpm: Tpm | None) -> tuple[Message, M
         "quote",
         "pcrs",
         "event_log",
+        "enrol_proof",
     )
     evidence_body = encode({name: evidence[name] for name in order if name in evidence})
     reply, _ = ask(verifier, "/v1/release", evidence_body)

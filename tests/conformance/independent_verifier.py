@@ -64,10 +64,20 @@ FIELDS: Final = {
         "quote",
         "pcrs",
         "event_log",
+        "enrol_proof",
     ],
     "confirm": ["version", "session", "outcome", "mac"],
 }
-OPTIONAL: Final = {"ek_public", "ak_public", "manifest", "certificates", "quote", "pcrs", "event_log"}
+OPTIONAL: Final = {
+    "ek_public",
+    "ak_public",
+    "manifest",
+    "certificates",
+    "quote",
+    "pcrs",
+    "event_log",
+    "enrol_proof",
+}
 LIFETIME_S: Final = 120
 MAX_BODY: Final = 1 << 20
 REPORT_DATA: Final = slice(0x50, 0x90)

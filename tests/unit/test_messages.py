@@ -58,6 +58,7 @@ SAMPLES: dict[str, Struct] = {
         quote=messages.Quote(attest=b"attest", signature=b"signature"),
         pcrs=[messages.PcrValue(index=23, digest=DIGEST)],
         event_log=b"log",
+        enrol_proof=bytes(64),
     ),
     "a Sealed": messages.Sealed(
         version=1,
@@ -198,6 +199,7 @@ def test_the_largest_evidence_fits_a_body() -> None:
         quote=messages.Quote(attest=bytes(2048), signature=bytes(1024)),
         pcrs=[messages.PcrValue(index=0, digest=DIGEST)] * 24,
         event_log=bytes(messages.MAX_EVENT_LOG),
+        enrol_proof=bytes(64),
     )
     assert messages.decode(messages.Evidence, messages.encode(largest)) == largest
 

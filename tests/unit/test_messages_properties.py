@@ -60,6 +60,7 @@ evidences = st.builds(
     quote=maybe(st.builds(messages.Quote, attest=small, signature=small)),
     pcrs=maybe(st.lists(st.builds(messages.PcrValue, index=st.integers(0, 23), digest=digests), max_size=24)),
     event_log=maybe(small),
+    enrol_proof=maybe(st.binary(min_size=64, max_size=64)),
 )
 sealed = st.builds(
     messages.Sealed,
@@ -73,7 +74,7 @@ pendings = st.builds(
 )
 denials = st.builds(messages.Denial, version=version, session=st.binary(max_size=512), code=codes)
 versions_spoken = st.builds(messages.VersionsSpoken, version=version, versions=st.lists(st.integers()))
-outcomes = st.sampled_from(["received", "opened", "failed"])
+outcomes = st.sampled_from(["received", "opened", "failed", "reencrypted"])
 confirms = st.builds(messages.Confirm, version=version, session=sessions, outcome=outcomes, mac=digests)
 receipts = st.builds(messages.Receipt, version=version, session=sessions, outcome=outcomes)
 keys = st.builds(

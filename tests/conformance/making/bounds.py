@@ -47,6 +47,8 @@ OUTSIDE: Final[list[tuple[str, str, Any]]] = [
     ("evidence", "pcrs.index", -1),
     ("evidence", "pcrs.index", 24),
     ("evidence", "pcrs.digest", bytes(20)),
+    ("evidence", "enrol_proof", bytes(63)),
+    ("evidence", "enrol_proof", bytes(65)),
     ("sealed", "session", b""),
     ("sealed", "session", bytes(513)),
     ("sealed", "credential.id_object", bytes(513)),

@@ -1,4 +1,4 @@
-"""Two whole exchanges, byte for byte: what each side sends, and every value on the way. Keys and chance are fixed.
+"""Three whole exchanges, byte for byte: what each side sends, and every value on the way. Keys and chance are fixed.
 
 Reports, quotes and credentials are made-up bytes here: nothing in an exchange's own cryptography looks into them.
 """
@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any, Final
 
-from tests.conformance.making import hpke, replies, sealing, tie, tpm
+from tests.conformance.making import enrol, hpke, replies, sealing, tie, tpm
 from tests.conformance.making.form import CHALLENGE, DIGEST, UUID, Body, form
 from tests.conformance.making.vector import Vector, given, hexed
 
@@ -20,7 +20,7 @@ REPORT: Final = bytes(range(256)) * 4 + bytes(160)
 
 
 def vectors() -> Iterator[Vector]:
-    """Give both."""
+    """Give all of them."""
     yield _exchange(
         "snp-direct-unlock",
         "A VM without a TPM gets its key.",
@@ -45,6 +45,18 @@ def vectors() -> Iterator[Vector]:
         },
         pcr_selection=tpm.selection([0, 7, 15]),
         outcome="received",
+    )
+    yield _exchange(
+        "svsm-vtpm-enrol",
+        "A booted system proves the operator's code, gets a new key, and has reencrypted the volume.",
+        hello={"purpose": "enrol", "kind": "svsm-vtpm"},
+        payload={
+            "type": "keys",
+            "confirm_key": CONFIRM_KEY,
+            "volumes": [{"uuid": UUID, "unlock_key": UNLOCK_KEY, "header_epoch": 1}],
+        },
+        pcr_selection=tpm.selection([0, 7, 15]),
+        outcome="reencrypted",
     )
 
 
@@ -85,6 +97,8 @@ def _exchange(
         }
     else:
         gives["report_data"] = tie.direct_report_data(t0)
+    if hello["purpose"] == "enrol":
+        evidence["enrol_proof"] = gives["enrol_proof"] = enrol.proof(enrol.SECRET, t0)
     evidence_body = form(evidence)
     th = tie.th(t0, challenge, evidence_body)
     secret = sealing.S if with_tpm else None

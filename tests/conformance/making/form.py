@@ -14,6 +14,7 @@ Body = dict[str, Any]
 UUID: Final = "0b3a6a7c-5c1b-4f5e-9d0e-0f4f8f6f2a11"
 DIGEST: Final = b"\x11" * 32
 SECRET: Final = bytes(range(0x40, 0x60))
+PROOF: Final = bytes(range(64))
 TEXT: Final = 'line\n tab\t more\b\f\r quote" backslash\\ slash/ control\x01\x1f delete\x7f é 鍵 \U0001f511'
 
 HELLO: Final[Body] = {
@@ -47,6 +48,7 @@ EVIDENCE: Final[Body] = {
     "quote": {"attest": b"attest", "signature": b"signature"},
     "pcrs": [{"index": 0, "digest": DIGEST}, {"index": 23, "digest": DIGEST}],
     "event_log": b"log",
+    "enrol_proof": PROOF,
 }
 SEALED: Final[Body] = {
     "type": "sealed",
@@ -103,7 +105,7 @@ PAYLOADS: Final = ("keys", "verdict")
 """Messages inside a Sealed, which have no version of their own."""
 OPTIONAL: Final = {
     "hello": ("ek_public", "ak_public"),
-    "evidence": ("manifest", "certificates", "quote", "pcrs", "event_log"),
+    "evidence": ("manifest", "certificates", "quote", "pcrs", "event_log", "enrol_proof"),
     "sealed": ("credential",),
 }
 

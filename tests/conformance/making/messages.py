@@ -144,7 +144,7 @@ def _values() -> Iterator[Vector]:
     yield _valid(
         "hello/most-volumes", changed(HELLO, volumes=[UUID] * 16), "As many volumes as a message may name."
     )
-    for outcome in ("received", "failed"):
+    for outcome in ("received", "failed", "reencrypted"):
         for name in ("confirm", "receipt"):
             yield _valid(f"{name}/outcome-{outcome}", changed(BODIES[name], outcome=outcome), "An outcome.")
     for code in ("malformed", "unknown-vm", "stale-session", "used-session"):
@@ -243,7 +243,8 @@ def _sizes() -> Iterator[Vector]:
         _parts((b"[", MAX_BODY)),
         fails=DECODE,
     )
-    head = form(changed(EVIDENCE, event_log=b""))[:-2]
+    with_log = without(EVIDENCE, "enrol_proof")
+    head = form(changed(with_log, event_log=b""))[:-2]
     # Three bytes are four characters; of the longest log one byte is left over, and one more is too many.
     groups = MAX_EVENT_LOG // 3
     for name, tail, fails in (("longest", b"AA==", None), ("too-long", b"AAA=", DECODE)):
@@ -251,7 +252,7 @@ def _sizes() -> Iterator[Vector]:
             f"messages/evidence/event-log-{name}",
             "An event log has at most 640 KiB.",
             _parts((head, 1), (b"AAAA", groups), (tail + b'"}', 1)),
-            gives=hexed(_told(changed(EVIDENCE, event_log=bytes(MAX_EVENT_LOG)))) if fails is None else None,
+            gives=hexed(_told(changed(with_log, event_log=bytes(MAX_EVENT_LOG)))) if fails is None else None,
             fails=fails,
         )
 

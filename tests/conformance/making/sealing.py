@@ -15,7 +15,7 @@ TH: Final = hashlib.sha256(b"TH").digest()
 OTHER_TH: Final = hashlib.sha256(b"another TH").digest()
 S: Final = bytes(range(32, 64))
 PAYLOAD: Final = b'{"type":"verdict"}'
-OUTCOMES: Final = ("received", "opened", "failed")
+OUTCOMES: Final = ("received", "opened", "failed", "reencrypted")
 MLKEM_SEED_SIZE: Final = 64
 
 

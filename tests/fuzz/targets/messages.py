@@ -107,9 +107,10 @@ def examples() -> Iterator[tuple[int, msgspec.Struct]]:
             quote=messages.Quote(attest=b"a" * 129, signature=b"s" * 72),
             pcrs=[messages.PcrValue(index=index, digest=bytes(32)) for index in (0, 23)],
             event_log=b"log" * 50,
+            enrol_proof=bytes(range(64)),
         ),
     )
-    for outcome in ("received", "opened", "failed"):
+    for outcome in ("received", "opened", "failed", "reencrypted"):
         yield CONFIRM, messages.Confirm(version=1, session=b"s", outcome=outcome, mac=bytes(32))
     yield CONFIRM_REPLY, messages.Receipt(version=1, session=b"s", outcome="opened")
     credential = messages.Credential(id_object=b"i" * 68, encrypted_secret=b"e" * 258)
