@@ -1,4 +1,4 @@
-"""The agent's command line: ``unlock``, ``dry-run``, ``confirm``, ``doctor``, ``cap``, ``settings``, ``footprint``.
+"""The agent's command line: ``unlock``, ``dry-run``, ``confirm``, ``doctor``, ``cap``, ``root-check``, ``settings``, ``footprint``.
 
 Import budget: argparse, json, the error tree and the console; each verb imports what it needs, so that ``cap`` works when
 nothing else does.
@@ -19,13 +19,9 @@ from kagimori_protocol.errors import KagimoriError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from msgspec import UnsetType
-
-    from kagimori_agent.attempt import Answered
     from kagimori_agent.cap import Capped
     from kagimori_agent.config import Config
     from kagimori_agent.unlock import Unlocked
-    from kagimori_protocol.messages import Verdict
 
 DEFAULT_CONFIG: Final = Path("/etc/kagimori/agent.toml")
 INTERRUPTED: Final = 130
@@ -132,6 +128,20 @@ def _parser() -> argparse.ArgumentParser:
         "Extend the cap PCR of every TPM and read it back. Power off if this fails: whoever gets into this boot could\n"
         "ask for the key again.",
     )
+    root_check = verb(
+        "root-check",
+        _root_check,
+        "hold that the root rests on what the agent opened",
+        "Hold that the root, what is mounted below it, every swap and the resume device rest wholly on volumes that the\n"
+        "agent opened in this boot. The scripts of an initramfs run it before the root becomes /, and power off if it fails.",
+    )
+    root_check.add_argument(
+        "--root",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where the root is mounted: /root of initramfs-tools, /sysroot of dracut",
+    )
     verb(
         "confirm",
         _confirm,
@@ -211,16 +221,17 @@ def _get_unlocked(options: argparse.Namespace) -> Unlocked:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
+    from kagimori_agent import saved
     from kagimori_agent.config import load
     from kagimori_agent.unlock import dry_run
     from kagimori_protocol.transcript import session_id
 
     if options.save is not None:
-        _make_directory(options.save)
+        saved.make_directory(options.save)
     verdict, answered = dry_run(load(options.config), console.say)
     session = session_id(answered.session)
     if options.save is not None:
-        _save(options.save, verdict, answered)
+        saved.save(options.save, verdict, answered)
     if options.json:
         checks = [
             {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found}
@@ -267,6 +278,19 @@ def _cap(options: argparse.Namespace) -> int:
         return 0
     for one in capped:
         print(f"{one.tpm}: PCR {config.tpm.cap_pcr} {'was capped' if one.before == one.after else 'capped'}")
+    return 0
+
+
+def _root_check(options: argparse.Namespace) -> int:
+    from kagimori_agent.config import load
+    from kagimori_agent.root_check import check
+
+    checked = check(load(options.config), options.root)
+    if options.json:
+        _print_json({"checked": list(checked.subjects), "mappings": list(checked.mappings)})
+        return 0
+    for subject in checked.subjects:
+        print(f"{subject}: on {', '.join(checked.mappings)}")
     return 0
 
 
@@ -334,46 +358,6 @@ def _cap_all(options: argparse.Namespace) -> tuple[Config, list[Capped]]:
         raise
     driver = config.tpm.driver if config.kind == "svsm-vtpm" else None
     return config, cap(config.tpm.cap_pcr, driver=driver, tcti=config.tpm.tcti)
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True)
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be made.",
-            code="save.directory",
-            expected="a directory that does not exist yet",
-            found=str(error.strerror),
-        ) from error
-
-
-def _save(directory: Path, verdict: Verdict, answered: Answered) -> None:
-    """Write down what was sent, as it was sent, and in parts that other tools read; no part of it is secret."""
-    from kagimori_protocol import messages
-
-    evidence = messages.decode(messages.Evidence, answered.evidence)
-    parts: dict[str, bytes | UnsetType] = {
-        "hello.json": answered.hello,
-        "evidence.json": answered.evidence,
-        "report.bin": evidence.report,
-        "manifest.bin": evidence.manifest,
-        "certificates.bin": evidence.certificates,
-        "eventlog.bin": evidence.event_log,
-    }
-    if isinstance(evidence.quote, messages.Quote):
-        parts |= {"quote.attest": evidence.quote.attest, "quote.signature": evidence.quote.signature}
-    if isinstance(evidence.pcrs, list):
-        values = {str(value.index): value.digest.hex() for value in evidence.pcrs}
-        parts["pcrs.json"] = json.dumps({"sha256": values}, indent=2).encode()
-    checks = [
-        {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found}
-        for check in verdict.checks
-    ]
-    parts["verdict.json"] = json.dumps({"allowed": verdict.allowed, "checks": checks}, indent=2).encode()
-    for name, content in parts.items():
-        if isinstance(content, bytes):
-            (directory / name).write_bytes(content)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kagimori_agent import cmdline, confirm, console, crypttab, exchange, luks
+from kagimori_agent import cmdline, confirm, console, crypttab, exchange, luks, opened
 from kagimori_agent.attempt import Answered, attest
 from kagimori_agent.budget import Budget
 from kagimori_agent.cap import cap
@@ -194,6 +194,8 @@ def _require_keys(answered: Answered) -> Keys:
 
 def _open(config: Config, keys: Keys, say: Callable[[str], None], *, prove: bool) -> Iterator[Opened]:
     by_uuid = {key.uuid: key for key in keys.volumes}
+    if not prove:
+        opened.begin()
     for volume in config.volumes:
         key = by_uuid.get(volume.uuid)
         if key is None:
@@ -210,6 +212,9 @@ def _open(config: Config, keys: Keys, say: Callable[[str], None], *, prove: bool
             timeout_s=config.limits.cryptsetup_s,
             flags=crypttab.flags(volume.name),
         )
+        if not prove:
+            # For the check that the root rests on it, before it becomes /.
+            opened.remember(volume)
         say(f"{volume.name}: {how}")
         yield Opened(volume.uuid, volume.name, how)
 
