@@ -87,6 +87,14 @@ class Settings(_File, frozen=True, kw_only=True):
             return f"{_SQLITE}{quote(str(self.directory))}/{self.database.removeprefix(_SQLITE)}"
         return self.database
 
+    @property
+    def database_path(self) -> Path:
+        """The file of an SQLite database. Raises OperatorError for another database, which has none."""
+        name = self.database.removeprefix(_SQLITE)
+        if name == self.database:
+            raise _wrong(self.directory, f"a database {_SQLITE}FILE", self.database, "settings.database")
+        return self.path(name)
+
     def path(self, name: str) -> Path:
         """Resolve a path of the settings against the file's own directory."""
         return self.directory / name

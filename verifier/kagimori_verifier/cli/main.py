@@ -33,6 +33,7 @@ MODULES: Final = {
     "init": "setup",
     "serve": "setup",
     "identity": "setup",
+    "upgrade": "upkeep",
     "vm": "vms",
     "volume": "volumes",
     "profile": "profiles",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,13 +16,14 @@ from kagimori_verifier.store import sqlite
 from kagimori_verifier.store.turns import NoTurn, Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kagimori_verifier.store.prepared import Prepared
 
 MIGRATIONS: Final = Path(__file__).with_name("migrations")
-SCHEMA: Final = "0001"
-"""The newest migration; a test holds that alembic says the same."""
+SCHEMAS: Final = ("0001", "0002")
+"""Every migration, in order; a test holds that alembic says the same."""
+SCHEMA: Final = SCHEMAS[-1]
 
 _UNKNOWN: Final = ("store.broken", "See the verifier's log, and `kagimori-verifier ledger verify`.")
 
@@ -120,6 +122,38 @@ class Store:
             with store._begun(sqlite.BEGIN_READ) as connection:
                 _require_current(connection)
         return store
+
+    @classmethod
+    def upgrade(cls, url: str, keep: Callable[[str], Path]) -> tuple[str, Path | None]:
+        """Bring an older release's tables to this one's; tells their version before, and where they were kept as they were.
+
+        ``keep`` says where, for a version. Raises StoreOutdated for tables that are no older release's, StoreUnavailable;
+        nothing has changed then.
+        """
+        store = cls(url)
+        with store._closed_on_failure():
+            store._remember_file()
+            with store._begun(sqlite.BEGIN_WRITE) as connection:
+                found = _schema(connection)
+                if found == SCHEMA or found not in SCHEMAS:
+                    _require_current(connection)
+                    return found or SCHEMA, None
+                kept = keep(found)
+                store.snapshot(kept)
+                _migrate(connection)
+                return found, kept
+
+    def snapshot(self, to: Path) -> None:
+        """Copy the database as it is now into the new file ``to``, also while others write. Raises StoreUnavailable."""
+        if self._path is None:
+            raise _unavailable("store.copy", "a database that is no file", "Use the database's own tools.")
+        with _explained(), _explained_file():
+            self._require_same_file()
+            try:
+                sqlite.copy(self._path, to)
+            except sqlite3.Error as error:
+                code, todo = sqlite.problem(error) or _UNKNOWN
+                raise _unavailable(code, str(error), todo) from error
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Txn]:
@@ -232,10 +266,23 @@ def _migrate(connection: Connection) -> None:
     alembic.command.upgrade(configuration, "head")
 
 
-def _require_current(connection: Connection) -> None:
+def _schema(connection: Connection) -> str | None:
+    """Give the version of the tables, or None where there are none of ours."""
     tables = inspect(connection).get_table_names()
     query = text("SELECT version_num FROM alembic_version")
     found = connection.execute(query).scalar_one_or_none() if "alembic_version" in tables else None
+    return None if found is None else str(found)
+
+
+def _require_current(connection: Connection) -> None:
+    found = _schema(connection)
+    if found in SCHEMAS and found != SCHEMA:
+        raise StoreOutdated(
+            "The database's tables are those of an older release.",
+            expected=f"schema {SCHEMA}",
+            found=f"schema {found}",
+            todo="Stop the verifier, and run `kagimori-verifier upgrade`: it keeps a copy of what was.",
+        )
     if found != SCHEMA:
         raise StoreOutdated(
             "The database's tables are not those of this release.",

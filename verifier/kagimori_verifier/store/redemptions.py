@@ -24,7 +24,10 @@ class AlreadyRedeemed(OperatorError):
 
 @dataclass(frozen=True, slots=True)
 class Redemption:
-    """A used session. ``decision`` is keys, allowed or denied; ``confirm_key`` is wrapped."""
+    """A used session. ``decision`` is keys, allowed or denied; ``confirm_key`` is wrapped.
+
+    ``verifier_key`` is the ID of the verifier's key that the agent says its challenge was signed by; the tie holds it to it.
+    """
 
     session_sha256: bytes
     session: str
@@ -42,6 +45,7 @@ class Redemption:
     answer: bytes | None = field(repr=False)
     confirm_key: bytes | None = field(repr=False)
     outcome: Outcome | None
+    verifier_key: str | None = None
 
 
 _COLUMNS: Final = tuple(column.name for column in fields(Redemption))

@@ -86,6 +86,7 @@ volume: Final = Table(
     Column("header_epoch", Integer, nullable=False),
     Column("label", Text, nullable=False),
     Column("created", BigInteger, nullable=False),
+    Column("origin", Text, nullable=False, server_default="made"),
     PrimaryKeyConstraint("vm_id", "uuid", "version"),
 )
 
@@ -121,6 +122,7 @@ redemption: Final = Table(
     Column("answer", LargeBinary),
     Column("confirm_key", LargeBinary),
     Column("outcome", Text),
+    Column("verifier_key", Text),
 )
 _answered: Final = redemption.c.answer.is_not(None)
 Index("redemption_answered", redemption.c.expires, sqlite_where=_answered, postgresql_where=_answered)

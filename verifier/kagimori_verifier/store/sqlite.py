@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -73,6 +74,22 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def copy(source: Path, to: Path) -> None:
+    """Copy a database as it is now into a new file, also while it is written. Raises OSError and SQLite's errors.
+
+    SQLite's own way of copying takes a snapshot, with what still lies in the write-ahead log; copying the files does not.
+    """
+    os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    with closing(connect(source)) as here, closing(sqlite3.connect(to, isolation_level=None)) as there:
+        here.backup(there)
+        there.execute("PRAGMA journal_mode=DELETE").close()  # one file, with nothing beside it
+        found = there.execute("PRAGMA integrity_check").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"the copy is broken: {found}")
+    with to.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def problem(cause: BaseException | None) -> Problem | None:

@@ -29,7 +29,10 @@ class VmRow:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRow:
-    """A volume and its wrapped unlock key; ``state`` is adding, active or removed."""
+    """A volume and its wrapped unlock key; ``state`` is adding, active or removed.
+
+    ``origin`` is made (here), or recovery: the key of a recovery code, which lies on paper, too.
+    """
 
     vm_id: str
     uuid: str
@@ -39,6 +42,7 @@ class VolumeRow:
     header_epoch: int
     label: str
     created: int
+    origin: str = "made"
 
 
 _GET: Final = Prepared(select(schema.vm).where(schema.vm.c.vm_id == bindparam("of")))
