@@ -60,7 +60,8 @@ install() {
     [[ -z $dracutsysrootdir ]] || kagimori_stop 'no initramfs can be made for another root' 'run dracut in it'
     kagimori-agent footprint --kernel "$kernel" --config "$kagimori_config" --into "${initdir:?}" >/dev/null ||
         kagimori_stop 'the agent cannot be put into the initramfs, see above' 'no initramfs is made without it'
-    for script in lease cap unlock no-passphrase; do
+    kagimori_leave_out resume kdump kdumpbase
+    for script in lease cap root-check unlock no-passphrase; do
         kagimori_copy "$kagimori_common/$script" "$kagimori_common/$script"
     done
     kagimori_install_tools
@@ -75,6 +76,16 @@ install() {
 # Copies the file $1 to $2, or ends dracut.
 kagimori_copy() {
     inst_simple "$1" "$2" || kagimori_stop "$1 cannot be put into the initramfs" 'install Kagimori again'
+}
+
+# Ends dracut if one of these modules is in the initramfs: they read a disk of the host's before, or in place of, what was
+# attested.
+kagimori_leave_out() {
+    local module
+    for module in "$@"; do
+        ! dracut_module_included "$module" ||
+            kagimori_stop "the dracut module $module is in this initramfs" "omit_dracutmodules+=\" $module \" in /etc/dracut.conf.d"
+    done
 }
 
 # Copies busybox, under the name of each program that our scripts call.
@@ -127,7 +138,7 @@ kagimori_copy_user() {
 kagimori_install_units() {
     local unit name drop_ins=${initdir:?}/etc/systemd/system
     for script in attached given-up; do kagimori_copy "${moddir:?}/$script" "$kagimori_common/$script"; done
-    for unit in kagimori-unlock.service kagimori-cap.service; do
+    for unit in kagimori-unlock.service kagimori-cap.service kagimori-root-check.service; do
         kagimori_copy "$moddir/$unit" "$systemdsystemunitdir/$unit"
         # shellcheck disable=SC2154 # dracut sets SYSTEMCTL
         $SYSTEMCTL -q --root "$initdir" enable "$unit" || kagimori_stop "$unit cannot be enabled" 'see above'
@@ -140,6 +151,11 @@ kagimori_install_units() {
             kagimori_stop "the unit of the volume $name has no name" 'see above'
         kagimori_copy "$moddir/cryptsetup.conf" "${drop_ins#"$initdir"}/$unit.d/50-kagimori.conf"
     done
+    # They look for roots, /usr and images of hibernated systems on disks that the host may plant.
+    mkdir -p "$drop_ins-generators"
+    for name in systemd-gpt-auto-generator systemd-hibernate-resume-generator; do
+        ln -sf /dev/null "$drop_ins-generators/$name"
+    done
     inst_hook initqueue/settled 99 "$moddir/patience-hook.sh"
     kagimori_copy "$moddir/modprobe.conf" /etc/modprobe.d/kagimori.conf
 }
@@ -149,6 +165,7 @@ kagimori_install_hooks() {
     inst_hook initqueue/settled 01 "${moddir:?}/unlock-hook.sh"
     inst_hook emergency 00 "$moddir/cap-hook.sh"
     inst_hook pre-pivot 00 "$moddir/cap-hook.sh"
+    inst_hook pre-pivot 99 "$moddir/root-check-hook.sh"
     # dracut leaves a file alone that is there.
     if dracut_module_included crypt; then
         kagimori_copy "$moddir/cryptroot-ask" /sbin/cryptroot-ask

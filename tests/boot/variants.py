@@ -75,6 +75,7 @@ def _place_dracut(chroot: Path) -> None:
     _place_common(chroot)
     modules = chroot / "usr/lib/dracut/modules.d"
     shutil.copytree(MODULE, modules / MODULE.name)
+    shutil.copy(MODULE.parent / "kagimori.conf", chroot / "usr/lib/dracut/dracut.conf.d/50-kagimori.conf")
     shutil.copytree(GUEST / "dracut", modules / "49simulated-snp")
     install(GUEST / "device", modules / "49simulated-snp/device")
 
@@ -93,7 +94,7 @@ DRACUT: Final = Variant(
     "bookworm-dracut",
     "bookworm",
     (*_BOOKWORM, "dracut", "systemd-sysv"),
-    (HOOK, MODULE, GUEST),
+    (HOOK, MODULE.parent, GUEST),
     _place_dracut,
     _DRACUT,
     # The installer of a Debian with dracut names the volume here; systemd-cryptsetup then wants to open it.

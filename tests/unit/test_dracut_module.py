@@ -150,7 +150,7 @@ def test_an_initramfs_with_systemd_gets_units_and_a_cap_before_each_shell(machin
     done = machine.run("install")
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
     files = machine.files()
-    for name in ("unlock", "cap", "lease", "no-passphrase", "network", "attached", "given-up"):
+    for name in ("unlock", "cap", "root-check", "lease", "no-passphrase", "network", "attached", "given-up"):
         assert f"/usr/lib/kagimori/boot/{name}" in files
     for unit in ("emergency", "rescue", "dracut-emergency", "debug-shell"):
         drop_in = machine.read(f"/etc/systemd/system/{unit}.service.d/50-kagimori.conf")
@@ -160,7 +160,7 @@ def test_an_initramfs_with_systemd_gets_units_and_a_cap_before_each_shell(machin
         assert "\nExecStart=\nExecStart=/usr/lib/kagimori/boot/attached %I\n" in drop_in
         assert "\nRequires=kagimori-unlock.service\nAfter=kagimori-unlock.service\n" in drop_in
     enabled = [call.split()[-1] for call in machine.calls.read_text().splitlines() if " enable " in call]
-    assert enabled == ["kagimori-unlock.service", "kagimori-cap.service"]
+    assert enabled == ["kagimori-unlock.service", "kagimori-cap.service", "kagimori-root-check.service"]
     assert "/lib/dracut/hooks/initqueue/settled/99-patience-hook.sh" in files
     assert "\nblacklist qemu_fw_cfg\n" in machine.read("/etc/modprobe.d/kagimori.conf")
     assert not {file for file in files if "cryptroot-ask" in file or "unlock-hook" in file}
@@ -175,6 +175,7 @@ def test_an_initramfs_without_systemd_gets_hooks(machine: Machine) -> None:
         "initqueue/settled/01-unlock-hook.sh",
         "emergency/00-cap-hook.sh",
         "pre-pivot/00-cap-hook.sh",
+        "pre-pivot/99-root-check-hook.sh",
     ):
         assert f"/lib/dracut/hooks/{hook}" in files
     assert machine.read("/sbin/cryptroot-ask") == (MODULE / "cryptroot-ask").read_text()
