@@ -75,7 +75,9 @@ def _place_dracut(chroot: Path) -> None:
     _place_common(chroot)
     modules = chroot / "usr/lib/dracut/modules.d"
     shutil.copytree(MODULE, modules / MODULE.name)
-    shutil.copy(MODULE.parent / "kagimori.conf", chroot / "usr/lib/dracut/dracut.conf.d/50-kagimori.conf")
+    configuration = chroot / "usr/lib/dracut/dracut.conf.d"
+    configuration.mkdir(exist_ok=True)
+    shutil.copy(MODULE.parent / "kagimori.conf", configuration / "50-kagimori.conf")
     shutil.copytree(GUEST / "dracut", modules / "49simulated-snp")
     install(GUEST / "device", modules / "49simulated-snp/device")
 
