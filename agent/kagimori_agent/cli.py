@@ -29,7 +29,8 @@ INTERRUPTED: Final = 130
 _EXIT_CODES: Final = """\
 exit codes:
   0  done; for dry-run: this boot would get its keys; for doctor: nothing found
-  1  the verifier refuses: its policy said no to authentic evidence, or it does not believe this VM
+  1  the verifier refuses: its policy said no to authentic evidence, or it does not believe this VM;
+     for doctor --host-doors: a door is open that its owner has not accepted
   2  usage
   3  operator: configuration, files
   4  image: a kernel option, driver, program, module or agent.toml is missing or wrong
@@ -115,11 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     dry_run.add_argument(
         "--save", type=Path, metavar="DIR", help="keep what was sent and the verdict in a new directory"
     )
-    verb(
+    doctor = verb(
         "doctor",
         _doctor,
         "look for what would stop an unlock, and say what to do",
         "Look at devices, kernel options, TPM, event log, name resolution and verifiers. Changes nothing.",
+    )
+    doctor.add_argument(
+        "--host-doors",
+        action="store_true",
+        help="look instead for what lets the host into this system after its boot; exit code 1 if a door is open that\n"
+        "/etc/kagimori/accepted-doors does not name (lines of an id and a reason)",
     )
     verb(
         "cap",
@@ -254,6 +261,8 @@ def _dry_run(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    if options.host_doors:
+        return _host_doors(options)
     from kagimori_agent.doctor import examine
 
     findings = examine(options.config)
@@ -263,6 +272,20 @@ def _doctor(options: argparse.Namespace) -> int:
         for finding in findings:
             print("\n".join(finding.lines()))
     return max((finding.exit_code for finding in findings), default=0)
+
+
+def _host_doors(options: argparse.Namespace) -> int:
+    from kagimori_agent.host_doors import examine
+
+    doors = examine()
+    if options.json:
+        _print_json({"doors": [door.as_dict() for door in doors]})
+    else:
+        for door in doors:
+            print("\n".join(door.lines()))
+        if not doors:
+            print("no door is open to the host that is known here")
+    return 1 if any(door.accepted is None for door in doors) else 0
 
 
 def _cap(options: argparse.Namespace) -> int:

@@ -189,9 +189,9 @@ def swaps(root: Path, there: list[Mount]) -> Iterator[_Subject]:
 def _swap(path: str, kind: str, root: Path, there: list[Mount]) -> _Subject:
     subject = f"swap {path}"
     if kind == "file":
-        # The mount that it lies in: the longest that it begins with.
+        # The mount that it lies in: the longest that it begins with, and of these the last.
         inside = [mount for mount in there if path.startswith(mount.point.rstrip("/") + "/")]
-        number = max(inside, key=lambda mount: len(mount.point)).number if inside else None
+        number = max(reversed(inside), key=lambda mount: len(mount.point)).number if inside else None
     else:
         number = resting.number_of(path, root)
     if number is None:
