@@ -8,12 +8,12 @@ is there for nothing.
 from __future__ import annotations
 
 import pytest
-from tests.attacks.bite import names, reports, sessions, tpms
+from tests.attacks.bite import enrolments, names, reports, sessions, tpms
 from tests.attacks.bite.explained import EXPLAINED, WITHIN
 from tests.attacks.bite.story import Scene, Story, hold
 from tests.attacks.bite.twins import TWINS
 
-STORIES = (*sessions.STORIES, *reports.STORIES, *tpms.STORIES)
+STORIES = (*sessions.STORIES, *reports.STORIES, *tpms.STORIES, *enrolments.STORIES)
 BITTEN = frozenset(check for story in STORIES for check in story.checks)
 
 

@@ -19,7 +19,7 @@ MODULES = sorted(
     [
         *(ROOM / "verify").glob("*.py"),
         *(ROOM / "appraise").glob("*.py"),
-        *(ROOM / name for name in ("pipeline.py", "release.py", "token.py")),
+        *(ROOM / name for name in ("pipeline.py", "parts.py", "release.py", "enrolling.py", "token.py")),
     ]
 )
 TRAIL = {"step", "require", "note"}

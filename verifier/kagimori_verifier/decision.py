@@ -50,6 +50,8 @@ _ALWAYS: Final = (
     "mitigation.launch",
     "mitigation.current",
     "chip.allowed",
+    "volume.accepted",
+    "volume.provenance",
 )
 _WITH_TPM: Final = (
     "measurement.svsm-features",

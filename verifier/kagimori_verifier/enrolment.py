@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 from kagimori_protocol.errors import DiskError, OperatorError
 from kagimori_verifier import ledger, luks_enrol
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
-from kagimori_verifier.store import vms
+from kagimori_verifier.store import enrolments, vms
+from kagimori_verifier.store.enrolments import EnrolledRow
 from kagimori_verifier.store.vms import VolumeRow
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _kept(  # noqa: PLR0913 - a row's columns
     wrapped = unlock_keys.wrap(unlock_keys.make(), vm_id, uuid, FIRST_VERSION)
     row = VolumeRow(vm_id, uuid, "adding", wrapped, FIRST_VERSION, 0, label, at_s)
     vms.add_volume(txn, row)
+    enrolments.add(txn, EnrolledRow(vm_id, uuid, FIRST_VERSION, "owner-machine", None, explained=True))
     return row, False
 
 

@@ -81,7 +81,7 @@ def _decision(decided: Entry, body: dict[str, Any], entries: Sequence[Entry]) ->
         "outcome": outcome,
         "released": decided.event == "released",
         "delivered": True if confirmed else None,
-        "opened": {"opened": True, "failed": False}.get(str(outcome)),
+        "opened": {"opened": True, "reencrypted": True, "failed": False}.get(str(outcome)),
         "confirmed": confirmed,
     }
 
@@ -94,7 +94,7 @@ def _told(decision: Mapping[str, Any], when: Callable[[int], str]) -> list[str]:
     ]
     told += [_pair(name, value) for name, value in body.items() if isinstance(value, str)]
     told += [_pair(name, ", ".join(value)) for name, value in body.items() if isinstance(value, list)]
-    unlock = body.get("purpose") == "unlock"
+    unlock = body.get("purpose") in {"unlock", "enrol"}
     if decision["released"]:
         told.append(_pair("released", "yes: its keys were sealed for this VM's agent and TPM"))
     else:

@@ -186,6 +186,16 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
         "If the provider moved it: kagimori-verifier vm chip add NAME CHIP_ID.",
     ),
     "pcr": Explanation(9, "What was booted is what you recorded.", _REFERENCE),
+    "volume.accepted": Explanation(
+        9,
+        "The volume was enrolled by a boot that you know, or you have accepted it.",
+        "Look at the session that enrolled it, and then: kagimori-verifier volume accept --vm NAME UUID.",
+    ),
+    "volume.provenance": Explanation(
+        9,
+        "Who may know the volume key, which no keyslot changes. It is told, and never a reason to refuse.",
+        "Run `kagimori-agent enrol --reencrypt` in the VM.",
+    ),
     "cap.off": Explanation(
         9,
         "Nobody in this boot has used its one chance before.",
@@ -195,6 +205,16 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
         10,
         "This boot has not confirmed before that its volumes are open.",
         "Reboot the VM: a booted system cannot get its key again.",
+    ),
+    "enrol.code": Explanation(
+        10,
+        "The VM's operator was given a code, which is good for one enrolment and for a limited time.",
+        "kagimori-verifier vm code NAME makes a new one.",
+    ),
+    "enrol.proof": Explanation(
+        10,
+        "Whoever asks in the VM knows that code.",
+        "Make a new code and type it again: kagimori-verifier vm code NAME. If it was typed well, somebody else asks.",
     ),
     "confirm.session": Explanation(12, "A Confirm belongs to an answer that was given.", _FRESH),
     "confirm.mac": Explanation(12, "A Confirm comes from whoever opened both layers of the answer.", _ATTACK),

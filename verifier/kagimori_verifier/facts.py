@@ -11,7 +11,7 @@ from kagimori_verifier.appraise.reference import BootState, PcrReference, Refere
 from kagimori_verifier.claims import Measurement, Root
 from kagimori_verifier.pipeline import Vm
 from kagimori_verifier.roots import TrustedRoots
-from kagimori_verifier.store import columns, profiles, references, roots, vms
+from kagimori_verifier.store import columns, enrolments, profiles, references, roots, vms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -43,11 +43,15 @@ class StoredFacts:
             profile = None if row is None else profiles.get(txn, row.profile)
             if row is None or profile is None:
                 return None
+            volumes = vms.volumes(txn, vm_id, state=None)
+            active = frozenset(volume.uuid for volume in volumes if volume.state == "active")
             return Vm(
                 vm_id=row.vm_id,
                 enabled=row.enabled,
                 purposes=frozenset(row.purposes),
-                volumes=frozenset(volume.uuid for volume in vms.volumes(txn, vm_id)),
+                volumes=active,
+                others={one.uuid: one.state for one in volumes if one.uuid not in active},
+                provenance={one.uuid: one.provenance for one in enrolments.of_vm(txn, vm_id)},
                 profile=row.profile,
                 references=References(
                     policy=_policy(profile.policy),

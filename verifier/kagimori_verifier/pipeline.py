@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from msgspec import UNSET
 
@@ -20,8 +20,11 @@ from kagimori_protocol.errors import NotAuthentic, PeerError
 from kagimori_protocol.snp import VMPL_HOST_REQUESTED
 from kagimori_verifier import token, wrapping
 from kagimori_verifier.appraise import appraise
+from kagimori_verifier.appraise.volumes import appraise_volumes
 from kagimori_verifier.claims import BootClaims, Claims
 from kagimori_verifier.decision import Allow, Deny, decide
+from kagimori_verifier.parts import VtpmParts, require_no_tpm, vtpm_parts
+from kagimori_verifier.states import STAGED, WAITING
 from kagimori_verifier.verify import eventlog
 from kagimori_verifier.verify.eventlog import LoggedBoot
 from kagimori_verifier.verify.memory import Memory, key_of
@@ -29,9 +32,9 @@ from kagimori_verifier.verify.snp import Endorsements, verify_report
 from kagimori_verifier.verify.vtpm import verify_ak, verify_direct, verify_manifest, verify_quote
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from kagimori_protocol.messages import Challenge, Evidence, Hello, PcrValue, Purpose, Quote
+    from kagimori_protocol.messages import Challenge, Evidence, Hello, Purpose
     from kagimori_protocol.snp import Report
     from kagimori_verifier.appraise.policy import Policy
     from kagimori_verifier.appraise.reference import References
@@ -49,6 +52,9 @@ MOST_LOGS: Final = 48 << 20
 _EVENT: Final = 768
 """Bytes that an event takes beside its data and its description, once it is read."""
 
+MOST_VOLUMES: Final = 16
+"""Volumes that a VM can ask for (kagimori_protocol.messages.Hello)."""
+
 VMPL: Final = 0
 """Both kinds demand it: there the SVSM runs, or the whole guest where there is none."""
 
@@ -63,6 +69,10 @@ class Vm:
     volumes: frozenset[str]
     profile: str
     references: References
+    others: Mapping[str, str] = field(default_factory=dict)
+    """Volumes that have no key to be released yet: UUID to state."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """Where each volume's key was made: UUID to store.enrolments.Provenance."""
 
 
 class Facts(Protocol):
@@ -90,7 +100,10 @@ class EndorsementSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Authentic evidence, judged. ``binding`` is TH; the answer is bound to it."""
+    """Authentic evidence, judged. ``binding`` is TH; the answer is bound to it.
+
+    ``unexplained`` are the governed PCRs that no reference value explains; ``enrol_proof`` is held against ``t0``.
+    """
 
     evidence_sha256: bytes
     session: bytes
@@ -100,6 +113,9 @@ class Judgement:
     binding: bytes
     decision: Allow | Deny
     expires_s: int
+    unexplained: frozenset[int]
+    t0: bytes
+    enrol_proof: bytes | None
 
 
 class Pipeline:
@@ -167,15 +183,16 @@ class Pipeline:
         # 5 to 8, by kind
         boot = None
         if measurement.kind == "svsm-vtpm":
-            parts = _vtpm_parts(trail, evidence, hello)
+            parts = vtpm_parts(trail, evidence, hello)
             boot = _verify_boot(trail, parts, snp.report, t0, vm.references.policy, self._logs)
         else:
-            _require_no_tpm(trail, evidence, hello)
+            require_no_tpm(trail, evidence, hello)
             verify_direct(trail, snp.report, t0)
         claims = Claims(hello=hello, snp=snp, measurement=measurement, vtpm=boot)
         # from here on the evidence is authentic; all further reasons are gathered and told together
         # 9 acceptable to the owner
-        appraise(trail, claims, vm.references, datetime.fromtimestamp(now_s, UTC))
+        unexplained = appraise(trail, claims, vm.references, datetime.fromtimestamp(now_s, UTC))
+        appraise_volumes(trail, hello.volumes, vm.others, vm.provenance)
         return Judgement(
             evidence_sha256=hashlib.sha256(body).digest(),
             session=challenge.session,
@@ -185,6 +202,9 @@ class Pipeline:
             binding=transcript.answer_binding(t0, messages.encode(challenge), body),
             decision=decide(measurement.kind, trail.checks),
             expires_s=session.issued + self._session_s,
+            unexplained=unexplained,
+            t0=t0,
+            enrol_proof=None if evidence.enrol_proof is UNSET else evidence.enrol_proof,
         )
 
     def _own_challenge(self, trail: Trail, evidence: Evidence, now_s: int) -> tuple[Challenge, token.Session]:
@@ -247,15 +267,7 @@ class Pipeline:
             expected=" or ".join(sorted(vm.purposes)) or "nothing: no purpose is allowed",
             found=hello.purpose,
         )
-        asked = set(hello.volumes)
-        trail.require(
-            "vm.volumes",
-            asked <= vm.volumes
-            and len(asked) == len(hello.volumes)
-            and bool(asked or hello.purpose != "unlock"),
-            expected=f"volumes among {', '.join(sorted(vm.volumes)) or 'none'}, each once",
-            found=", ".join(hello.volumes) or "none",
-        )
+        _require_volumes(trail, hello, vm)
         return vm
 
     def _known_measurement(self, trail: Trail, vm: Vm, snp: SnpClaims) -> Measurement:
@@ -296,55 +308,27 @@ class Pipeline:
         return measurement
 
 
-class _VtpmParts(NamedTuple):
-    """What evidence of kind ``svsm-vtpm`` has beside the report, all of it there."""
-
-    manifest: bytes
-    quote: Quote
-    pcrs: Sequence[PcrValue]
-    event_log: bytes
-    ek_public: bytes
-    ak_public: bytes
-
-
-def _tpm_parts(evidence: Evidence, hello: Hello) -> dict[str, object]:
-    """Name everything in evidence that a TPM or its SVSM contributes; UNSET where it is absent."""
-    return {
-        "manifest": evidence.manifest,
-        "quote": evidence.quote,
-        "pcrs": evidence.pcrs,
-        "event_log": evidence.event_log,
-        "ek_public": hello.ek_public,
-        "ak_public": hello.ak_public,
-    }
-
-
-def _vtpm_parts(trail: Trail, evidence: Evidence, hello: Hello) -> _VtpmParts:
-    """Return the parts that a TPM contributes. Raises NotAuthentic if one is missing."""
-    parts = _tpm_parts(evidence, hello)
-    missing = [name for name, part in parts.items() if part is UNSET]
+def _require_volumes(trail: Trail, hello: Hello, vm: Vm) -> None:
+    """Step 2: volumes of the VM's own; for ``enrol``, none that it has, but for those that nobody has confirmed."""
+    asked, enrol = set(hello.volumes), hello.purpose == "enrol"
+    kept = vm.volumes | {uuid for uuid, state in vm.others.items() if state != STAGED}
+    its_own = vm.volumes | {uuid for uuid, state in vm.others.items() if state == WAITING}
+    its_names = ", ".join(sorted(vm.volumes)) or "none"
     trail.require(
-        "evidence.parts",
-        not missing,
-        expected=", ".join(parts),
-        found="without " + ", ".join(missing) if missing else "all of them",
-    )
-    return _VtpmParts(**parts)  # type: ignore[arg-type]  # none is UNSET, as required just above
-
-
-def _require_no_tpm(trail: Trail, evidence: Evidence, hello: Hello) -> None:
-    """A TPM that no SVSM vouches for contributes no claim, so ``snp-direct`` may show none (ADR 4)."""
-    shown = [name for name, part in _tpm_parts(evidence, hello).items() if part is not UNSET]
-    trail.require(
-        "evidence.parts",
-        not shown,
-        expected="no part of a TPM: this measurement is of kind snp-direct",
-        found=", ".join(shown) or "none",
+        "vm.volumes",
+        (not asked & kept if enrol else asked <= its_own)
+        and len(asked) == len(hello.volumes)
+        and bool(asked or hello.purpose not in {"unlock", "enrol"})
+        and (not enrol or len(asked | kept) <= MOST_VOLUMES),
+        expected=f"volumes other than {its_names}, each once, {MOST_VOLUMES} with those at most"
+        if enrol
+        else f"volumes among {its_names}, each once",
+        found=", ".join(hello.volumes) or "none",
     )
 
 
 def _verify_boot(  # noqa: PLR0913 - all that a boot is held against
-    trail: Trail, parts: _VtpmParts, report: Report, t0: bytes, policy: Policy, logs: Memory
+    trail: Trail, parts: VtpmParts, report: Report, t0: bytes, policy: Policy, logs: Memory
 ) -> BootClaims:
     """Steps 5 to 8 for ``svsm-vtpm``: manifest, AK, quote, event log."""
     # 5

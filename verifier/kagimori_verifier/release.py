@@ -17,13 +17,15 @@ from msgspec import UNSET
 from kagimori_protocol import messages, sealing, tpm, transcript
 from kagimori_protocol.errors import NotAuthentic, OperatorError
 from kagimori_protocol.messages import Check
-from kagimori_verifier import ledger
+from kagimori_verifier import enrolling, ledger
 from kagimori_verifier.decision import Allow, Deny
 from kagimori_verifier.observe import observed
 from kagimori_verifier.store import observations, redemptions, vms
 from kagimori_verifier.store.redemptions import Redemption
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kagimori_protocol.messages import Confirm, Outcome, Payload
     from kagimori_verifier.keystore.unlock_keys import UnlockKeys
     from kagimori_verifier.metrics import Metrics
@@ -36,9 +38,10 @@ DENIED: Final = "denied"
 """What a redemption may have decided: keys are released, or a verdict tells that they would or would not be."""
 
 _EVENTS: Final = {KEYS: "released", ALLOWED: "judged", DENIED: "refused"}
-_ABOUT_BOOT: Final = ("pcr.", "cap.", "boot.")
-"""Checks about what was booted, and what this boot has had already; all others are about who says so."""
-_FINAL: Final[frozenset[Outcome]] = frozenset({"opened", "failed"})
+_ABOUT_BOOT: Final = ("pcr.", "cap.", "boot.", "volume.")
+"""Checks about what was booted, what this boot has had already, and its volumes; all others are about who says so."""
+_FINAL: Final[frozenset[Outcome]] = frozenset({"opened", "failed", "reencrypted"})
+_GIVES_KEYS: Final = frozenset({"unlock", "enrol"})
 
 
 class Release:
@@ -61,8 +64,10 @@ class Release:
         with self._store.write() as txn:
             settled = redemptions.find(txn, session_sha256)
             if settled is None:
-                decision = _apply_release_rules(txn, judgement, session_sha256)
+                decision = _apply_release_rules(txn, judgement, session_sha256, now_s)
                 settled = _redeem(txn, judgement, decision, session_sha256, now_s)
+                if settled.decision == KEYS and settled.purpose == "enrol":
+                    enrolling.keep_new_keys(txn, judgement, settled.session, now_s, self._new_key(settled))
                 fresh = True
             else:
                 _require_same_evidence(settled, judgement)
@@ -91,12 +96,14 @@ class Release:
                 raise _unconfirmed("confirm.mac", "a MAC under the key inside the answer", "another MAC")
             if known.outcome == confirm.outcome:
                 return
-            if known.outcome in _FINAL or (known.decision != KEYS and confirm.outcome != "received"):
+            if not _may_follow(known, confirm.outcome):
                 raise _unconfirmed(
                     "confirm.order", f"{known.outcome or 'received'}, as it was", confirm.outcome
                 )
             redemptions.set_outcome(txn, session_sha256, confirm.outcome)
             observations.confirm(txn, known.session)
+            if known.purpose == "enrol" and known.decision == KEYS:
+                enrolling.confirmed(txn, known, confirm.outcome, now_s)
             if confirm.outcome == "opened":
                 redemptions.mark_opened(txn, known.signer, known.chip_id, known.report_id, session_sha256)
             ledger.append(
@@ -147,16 +154,27 @@ class Release:
         self, judgement: Judgement, settled: Redemption, decision: Allow | Deny, confirm_key: bytes
     ) -> Payload:
         if settled.decision == KEYS:
-            return messages.Keys(confirm_key=confirm_key, volumes=self._volume_keys(judgement))
+            return messages.Keys(confirm_key=confirm_key, volumes=self._volume_keys(judgement, settled))
         return messages.Verdict(
             confirm_key=confirm_key, allowed=settled.decision == ALLOWED, checks=list(decision.checks)
         )
 
-    def _volume_keys(self, judgement: Judgement) -> list[messages.VolumeKey]:
-        """Unwrap the key of each volume that was asked for, in the order asked."""
+    def _new_key(self, settled: Redemption) -> Callable[[str, int], bytes]:
+        """Give what makes and wraps a new key for a volume of this session's VM."""
+
+        def wrapped(uuid: str, version: int) -> bytes:
+            return self._unlock_keys.wrap(self._unlock_keys.make(), settled.vm_id, uuid, version)
+
+        return wrapped
+
+    def _volume_keys(self, judgement: Judgement, settled: Redemption) -> list[messages.VolumeKey]:
+        """Unwrap the key of each volume that was asked for, in the order asked; of an enrolment, its own new ones alone."""
         vm_id = judgement.vm.vm_id
         with self._store.read() as txn:
-            rows = {row.uuid: row for row in vms.volumes(txn, vm_id)}
+            if settled.purpose == "enrol":
+                rows = enrolling.keys_of(txn, vm_id, settled.session)
+            else:
+                rows = {row.uuid: row for row in vms.volumes(txn, vm_id)}
         keys = []
         for uuid in judgement.hello.volumes:
             if uuid not in rows:
@@ -172,12 +190,14 @@ class Release:
         return keys
 
 
-def _apply_release_rules(txn: Txn, judgement: Judgement, session_sha256: bytes) -> Allow | Deny:
+def _apply_release_rules(txn: Txn, judgement: Judgement, session_sha256: bytes, now_s: int) -> Allow | Deny:
     """Step 10: this boot has not opened its volumes yet, and without a TPM it gets keys once, for any VM.
 
-    Only ``unlock`` releases anything, so only it is held to these rules.
+    Only ``unlock`` releases keys that open something, so only it is held to these rules; ``enrol`` has its own.
     """
     decision = judgement.decision
+    if judgement.hello.purpose == "enrol":
+        return enrolling.apply_rules(txn, judgement, now_s)
     if judgement.hello.purpose != "unlock":
         return decision
     signer, chip_id, report_id = judgement.claims.snp.boot
@@ -211,7 +231,7 @@ def _redeem(
     """Write the decision down: the session is used, the ledger has its line, the owner can see what was shown."""
     session = transcript.session_id(judgement.session)
     snp, hello = judgement.claims.snp, judgement.hello
-    outcome = KEYS if hello.purpose == "unlock" else ALLOWED
+    outcome = KEYS if hello.purpose in _GIVES_KEYS else ALLOWED
     decided = outcome if isinstance(decision, Allow) else DENIED
     redemption = Redemption(
         session_sha256=session_sha256,
@@ -258,6 +278,13 @@ def _redeem(
         },
     )
     return redemption
+
+
+def _may_follow(known: Redemption, outcome: Outcome) -> bool:
+    """Tell whether an outcome may come after the one that is known: a final one stays, but for a new volume key."""
+    if outcome == "reencrypted":
+        return known.purpose == "enrol" and known.outcome == "opened"
+    return known.outcome not in _FINAL and (known.decision == KEYS or outcome == "received")
 
 
 def _is_worth_learning(decision: Allow | Deny) -> bool:

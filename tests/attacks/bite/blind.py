@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator
 import pytest
 
 from kagimori_protocol.messages import Check
-from kagimori_verifier import decision, release
+from kagimori_verifier import decision, enrolling, release
 from kagimori_verifier.trail import Trail
 
 Twin = Callable[[pytest.MonkeyPatch], None]
@@ -51,6 +51,7 @@ def _mute(patch: pytest.MonkeyPatch, names: frozenset[str]) -> None:
     patch.setattr(Trail, "note", blind_note)
     patch.setattr(Trail, "require", blind_require)
     patch.setattr(release, "Check", blind_check)
+    patch.setattr(enrolling, "Check", blind_check)
     mandatory = {
         kind: tuple(check for check in checks if check not in names)
         for kind, checks in decision.MANDATORY.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 EXPLAINED: Final[dict[str, str]] = {
+    "volume.provenance": "tells who may know the volume keys and always holds (ADR 9): it warns an owner, and stops nobody",
     "reference.pcrs": "the form of PCR values that an owner types or reads from a file of their own: no attacker is on that "
     "path, and what it lets in is compared byte by byte with what a TPM has quoted",
 }

@@ -297,7 +297,7 @@ def confirm(attacker: Attacker, told: Told, key: bytes) -> None:
 
 def accepted(attacker: Attacker, said: str) -> None:
     """Go on if a Confirm was taken."""
-    if said not in ("received", "opened", "failed"):
+    if said not in ("received", "opened", "failed", "reencrypted"):
         raise Stopped(attacker.office.refusals()[0].code)
 
 

@@ -18,7 +18,7 @@ from tpm2_pytss.types import TPMT_PUBLIC, TPMT_SIGNATURE
 from kagimori_protocol import messages, tpm
 from kagimori_protocol.errors import KagimoriError, Malformed
 from kagimori_protocol.snp import FIELDS, REPORT_SIZE, VERSIONS, Report, TcbVersion
-from kagimori_verifier import learning, ledger, pipeline, release, token, wrapping
+from kagimori_verifier import learning, ledger, parts, pipeline, release, token, wrapping
 from kagimori_verifier.appraise.policy import VM_OWNED_PCRS
 from kagimori_verifier.claims import Measurement, Root
 from kagimori_verifier.facts import StoredFacts
@@ -135,14 +135,14 @@ def any_measurement(patch: pytest.MonkeyPatch) -> None:
 
 def absent_log_is_empty(patch: pytest.MonkeyPatch) -> None:
     """Take an event log that was not sent for one that says nothing."""
-    strict = pipeline._vtpm_parts
+    strict = parts.vtpm_parts
 
-    def parts(trail: Trail, evidence: Evidence, hello: Hello) -> pipeline._VtpmParts:
+    def careless(trail: Trail, evidence: Evidence, hello: Hello) -> parts.VtpmParts:
         if evidence.event_log is msgspec.UNSET:
             evidence = msgspec.structs.replace(evidence, event_log=b"")
         return strict(trail, evidence, hello)
 
-    patch.setattr(pipeline, "_vtpm_parts", parts)
+    patch.setattr(pipeline, "vtpm_parts", careless)
 
 
 def any_ek(patch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from kagimori_verifier.trail import Trail
 
 
-def appraise(trail: Trail, claims: Claims, references: References, now: datetime) -> None:
-    """Note every rule of the VM's policy on the trail, those that hold and those that do not."""
+def appraise(trail: Trail, claims: Claims, references: References, now: datetime) -> frozenset[int]:
+    """Note every rule of the VM's policy on the trail, those that hold and those that do not.
+
+    Returns the governed PCRs that no reference value explains.
+    """
     appraise_endorsement(trail, claims.snp, references.policy, now)
     appraise_snp(trail, claims.snp, references)
+    unexplained: frozenset[int] = frozenset()
     if claims.vtpm is not None:
-        appraise_boot(trail, claims.hello.purpose, claims.vtpm.pcrs, claims.vtpm.logged.events, references)
+        unexplained = appraise_boot(
+            trail, claims.hello.purpose, claims.vtpm.pcrs, claims.vtpm.logged.events, references
+        )
+    return unexplained

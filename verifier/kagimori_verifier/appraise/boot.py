@@ -23,21 +23,29 @@ def appraise_boot(
     pcrs: Mapping[int, bytes],
     events: Mapping[int, Sequence[Event]],
     references: References,
-) -> None:
+) -> frozenset[int]:
     """Note each governed PCR against the closest boot state of the VM and of its profile, then the cap.
 
     PCR values must have been seen together: one state of the VM and one of its profile have to explain all of
     them. Where both know a PCR, the VM's word counts; for one that covers an initramfs or a command line, nothing else
     does, or a VM could boot as another of its profile. Only ``unlock`` needs the cap off; other purposes report its
-    state.
+    state. ``enrol`` asks for no state that is known: what it finds is told, and returned as the PCRs that nothing explains.
     """
     policy = references.policy
     owned = VM_OWNED_PCRS[policy.boot_way]
     profile_state = _closest(references.profile_states, pcrs)
     vm_state = _closest(references.vm_states, pcrs)
+    unexplained = set()
     for index in policy.governed_pcrs:
         owner, reference = _reference(index, None if index in owned else profile_state, vm_state)
-        _note_pcr(trail, index, pcrs.get(index), owner, reference, events.get(index, ()))
+        value = pcrs.get(index)
+        if reference is None or value != reference.digest:
+            unexplained.add(index)
+        if purpose == "enrol" and index in unexplained:
+            told = f"{_hex(value)}: not explained"
+            trail.note(f"pcr.{index}", value is not None, expected="any value (enrol)", found=told)
+        else:
+            _note_pcr(trail, index, value, owner, reference, events.get(index, ()))
     cap = pcrs.get(policy.cap_pcr)
     trail.note(
         "cap.off",
@@ -47,6 +55,7 @@ def appraise_boot(
         else f"PCR {policy.cap_pcr} in any state ({purpose})",
         found="zero" if cap == ZERO else f"{_hex(cap)}: capped",
     )
+    return frozenset(unexplained)
 
 
 def _closest(states: Sequence[BootState], pcrs: Mapping[int, bytes]) -> BootState | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kagimori_protocol.errors import UsageError
-from kagimori_verifier import learning, ledger
+from kagimori_verifier import enrolling, learning, ledger
 from kagimori_verifier.cli import arguments
 from kagimori_verifier.cli.access import exists, now_s, reading, unknown, writing
 from kagimori_verifier.cli.files import read_file
@@ -250,13 +250,16 @@ def _accept(options: argparse.Namespace, output: Output) -> int:
     label, at_s = options.label or f"session {options.session}", now_s()
     with reading(options) as txn:
         proposal = learning.proposal(txn, options.session, label, at_s)
-    if not proposal.states:
+        waiting = enrolling.waiting_of(txn, options.session)
+    if not proposal.states and not waiting:
         output.result({"accepted": False, "states": []}, "all of this is known already; nothing was changed")
         return 0
     for row, changes in proposal.states:
         output.note(f"{row.owner_kind} {row.owner} gets PCRs {', '.join(sorted(row.pcrs, key=int))}")
         for line in changes:
             output.note(f"  {line}")
+    for volume in waiting:
+        output.note(f"volume {volume.uuid}, which this boot has enrolled, may be unlocked from then on")
     if not (options.yes or _agreed(output)):
         output.result({"accepted": False, "states": []}, "nothing was changed")
         return 1
@@ -270,7 +273,8 @@ def _accept(options: argparse.Namespace, output: Output) -> int:
                 found="something else; nothing was changed",
                 todo="Run the command again.",
             )
-        ids = _keep(txn, options.session, label, proposal, at_s)
+        ids = _keep(txn, options.session, label, proposal, at_s) if proposal.states else []
+        enrolling.accept(txn, enrolling.waiting_of(txn, options.session), at_s, options.session)
     output.result({"accepted": True, "states": ids}, f'accepted as "{label}"')
     return 0
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kagimori_verifier import ledger
+from kagimori_verifier import enrolling, ledger
 from kagimori_verifier.appraise.policy import parse_policy
-from kagimori_verifier.cli import arguments
+from kagimori_verifier.cli import arguments, enrolments
 from kagimori_verifier.cli.access import exists, now_s, opened, reading, unknown, writing
 from kagimori_verifier.cli.agent_toml import AgentToml
 from kagimori_verifier.cli.output import Output, add_verb, group
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kagimori_verifier.store import Txn
     from kagimori_verifier.store.vms import VmRow, VolumeRow
 
-SUPPORTED_PURPOSES: Final = ("unlock", "dry-run")
+SUPPORTED_PURPOSES: Final = ("unlock", "dry-run", "enrol")
 _UNREACHABLE: Final = re.compile(r"//(0\.0\.0\.0|\[::\])[:/]?|:0(/|\Z)")
 """URLs that only make sense to listen on: every address, or any port."""
 _TODO: Final = "`kagimori-verifier vm list` shows the VMs."
@@ -35,7 +35,13 @@ _COLUMNS: Final = ("vm_id", "profile", "enabled", "purposes", "volumes", "chips"
 def register(verbs: Verbs) -> None:
     """Declare the verbs."""
     vm = group(add_verb(verbs, "vm", None, "Manage the VMs that may ask for keys.", "vm list"))
-    add = add_verb(vm, "add", _add, "Enrol a VM.", "vm add web1 --profile debian --chip 0123...")
+    add = add_verb(
+        vm,
+        "add",
+        _add,
+        "Make a VM known, and a one-time code by which it may enrol its volumes.",
+        "vm add web1 --profile debian --chip 0123...",
+    )
     add.add_argument("vm", type=arguments.vm, metavar="NAME", help="its vm_id, as in its agent.toml")
     add.add_argument(
         "--profile", required=True, type=arguments.name, metavar="P", help="the policy that it is held to"
@@ -54,6 +60,7 @@ def register(verbs: Verbs) -> None:
         choices=SUPPORTED_PURPOSES,
         help="what it may ask for; repeatable (default: all of them)",
     )
+    enrolments.register_vm(vm)
     add_verb(vm, "list", _list, "List the VMs.", "vm list")
     for name, run, about in (
         ("show", _show, "Show a VM with its volumes."),
@@ -114,10 +121,15 @@ def _add(options: argparse.Namespace, output: Output) -> int:
         vms.add(txn, row)
         body = {"profile": row.profile, "chips": chips, "purposes": purposes}
         _record(txn, "vm-added", row.vm_id, body)
+        code: dict[str, Any] = {}
+        if "enrol" in purposes:
+            code = enrolments.shown_code(txn, *enrolling.make_code(txn, row.vm_id, row.created))
     output.result(
-        _shown(row, ()),
+        _shown(row, ()) | ({"enrol": code} if code else {}),
         f"added VM {row.vm_id}",
-        f"next: kagimori-verifier volume add --vm {row.vm_id} --device PATH",
+        *(enrolments.code_lines(row.vm_id, code) if code else ()),
+        f"next: its disk is here? kagimori-verifier volume add --vm {row.vm_id} --device PATH",
+        f"      it is installed there? kagimori-verifier vm config {row.vm_id}, and the code",
     )
     if not chips and not parse_policy(profile.policy).any_chip:
         output.note(f"{row.vm_id} may run on no chip yet: kagimori-verifier vm chip add {row.vm_id} CHIP_ID")

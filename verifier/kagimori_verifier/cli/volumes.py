@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import OperatorError, UsageError
 from kagimori_verifier import enrolment, identity, ledger, luks_enrol
-from kagimori_verifier.cli import arguments
+from kagimori_verifier.cli import arguments, enrolments
 from kagimori_verifier.cli.access import now_s, opened, reading, unknown, writing
 from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
@@ -65,6 +65,7 @@ def register(verbs: Verbs) -> None:
     secret.add_argument(
         "--key-file", type=Path, metavar="FILE", help="take an existing key file, all of its bytes"
     )
+    enrolments.register_volume(volume)
     add_verb(volume, "list", _list, "List the volumes.", "volume list")
     remove = add_verb(
         volume,
@@ -103,9 +104,17 @@ def _add(options: argparse.Namespace, output: Output) -> int:
 def _list(options: argparse.Namespace, output: Output) -> int:
     with reading(options) as txn:
         rows = [
-            shown_volume(volume) for vm in vms.all(txn) for volume in vms.volumes(txn, vm.vm_id, state=None)
+            shown_volume(volume) | enrolments.provenance_of(txn, volume)
+            for vm in vms.all(txn)
+            for volume in vms.volumes(txn, vm.vm_id, state=None)
         ]
-    output.rows(rows, "vm_id", "uuid", "label", "state", "version", none="no volumes")
+    output.rows(rows, "vm_id", "uuid", "label", "state", "version", "provenance", none="no volumes")
+    if waiting := [row["uuid"] for row in rows if row["state"] == "waiting"]:
+        output.note(
+            f"enrolled by a boot that nothing explains, see `volume accept --help`: {', '.join(waiting)}"
+        )
+    if staged := [row["uuid"] for row in rows if row["state"] == "staged"]:
+        output.note(f"enrolled, and not confirmed by the VM yet: {', '.join(staged)}")
     if unfinished := [row["uuid"] for row in rows if row["state"] == "adding"]:
         output.note(f"interrupted, and completed by the same `volume add` again: {', '.join(unfinished)}")
     return 0

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
@@ -87,6 +88,33 @@ volume: Final = Table(
     Column("label", Text, nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("origin", Text, nullable=False, server_default="made"),
+    PrimaryKeyConstraint("vm_id", "uuid", "version"),
+)
+
+enrol_code: Final = Table(
+    "enrol_code",
+    metadata,
+    Column("vm_id", Text, ForeignKey("vm.vm_id", ondelete="CASCADE"), primary_key=True),
+    Column("public_key", LargeBinary, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("expires", BigInteger, nullable=False),
+    Column("session", Text),
+)
+
+enrolment: Final = Table(
+    "enrolment",
+    metadata,
+    Column("vm_id", Text, nullable=False),
+    Column("uuid", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("provenance", Text, nullable=False),
+    Column("session", Text, index=True),
+    Column("explained", Boolean, nullable=False),
+    ForeignKeyConstraint(
+        ["vm_id", "uuid", "version"],
+        ["volume.vm_id", "volume.uuid", "volume.version"],
+        ondelete="CASCADE",
+    ),
     PrimaryKeyConstraint("vm_id", "uuid", "version"),
 )
 

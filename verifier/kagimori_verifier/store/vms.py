@@ -29,7 +29,7 @@ class VmRow:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRow:
-    """A volume and its wrapped unlock key; ``state`` is adding, active or removed.
+    """A volume and its wrapped unlock key; ``state`` is adding, staged, waiting, active or removed.
 
     ``origin`` is made (here), or recovery: the key of a recovery code, which lies on paper, too.
     """
