@@ -28,6 +28,7 @@ _IN_SHORT: Final = {
     "network.encoding": "the answer is encoded",
     "network.too-large": "the answer is too large",
     "network.unsigned": "the answer is not signed",
+    "network.unknown-key": "the answer is signed by a key that agent.toml does not name",
     "network.bad-signature": "the answer is not signed by this verifier for this request",
     "network.ended": "no answer yet when others had answered",
 }
@@ -39,6 +40,8 @@ _TODO: Final = {
     "network.refused": "Is the verifier running, and is this its port?",
     "network.tls": "Is ca_file in agent.toml the issuer of the server's certificate, and does the URL speak TLS?",
     "network.unsigned": "Something else answers at this URL: a proxy, a captive portal, or a broken verifier.",
+    "network.unknown-key": "Compare `kagimori-verifier identity show` with the verifier's keys in agent.toml. Has the verifier"
+    " retired the key that this image knows? Then rebuild the initramfs with the agent.toml of `kagimori-verifier vm config`.",
     "network.bad-signature": "Compare `kagimori-verifier identity show` with the verifier's keys in agent.toml.",
 }
 

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from kagimori_agent.away import away, in_short
 from kagimori_agent.line import Line, Received, Request
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kagimori_agent.budget import Backoff, Budget
 
 _log = logging.getLogger(__name__)
+
+_UNBELIEVED: Final = {"reply.unsigned": "network.unsigned", "reply.key": "network.unknown-key"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,9 @@ class _Question:
             line = self._line = Line(limit_s)
             if self._ended:
                 line.hang_up()
-        received = line.ask(Request(endpoint.name, url, self._body, endpoint.ca_file, self._connect_s))
+        received = line.ask(
+            Request(endpoint.name, url, self._body, endpoint.ca_file, self._connect_s, endpoint.keys)
+        )
         return _verified(endpoint, url, self._body, received)
 
 
@@ -218,7 +222,7 @@ def _verified(endpoint: Endpoint, url: str, request: bytes, received: Received) 
     except NotAuthentic as error:
         raise away(
             endpoint.name,
-            "network.unsigned" if error.code == "reply.unsigned" else "network.bad-signature",
+            _UNBELIEVED.get(error.code, "network.bad-signature"),
             url=url,
             expected=error.expected or "a signed answer",
             found=f"HTTP status {received.status}, {len(received.body)} bytes, signature: {error.found}",

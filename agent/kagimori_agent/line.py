@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, cast
 from kagimori_agent.away import away, code_of, reason_of
 from kagimori_protocol.errors import NetworkError
 from kagimori_protocol.messages import MAX_BODY
-from kagimori_protocol.signature import HEADER
+from kagimori_protocol.signature import HEADER, HEADER_KEYS, write_key_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,13 +41,17 @@ _HEADERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A body to post; ``name`` is the verifier's, for errors. ``connect_s`` seconds for each address of the host."""
+    """A body to post; ``name`` is the verifier's, for errors. ``connect_s`` seconds for each address of the host.
+
+    ``keys`` are those that a reply would be believed by: a verifier that is changing its keys signs by one of them.
+    """
 
     name: str
     url: str
     body: bytes
     ca_file: Path | None
     connect_s: float
+    keys: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ def _fetch(line: Line, request: Request) -> Received:
         session.post(
             request.url,
             data=request.body,
+            headers={HEADER_KEYS: write_key_ids(request.keys)},
             timeout=(min(request.connect_s, limit_s), limit_s),
             verify=False if request.ca_file is None else str(request.ca_file),
             allow_redirects=False,

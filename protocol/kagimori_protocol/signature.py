@@ -21,14 +21,19 @@ from kagimori_protocol.errors import NotAuthentic
 from kagimori_protocol.messages import REPLY_TYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 HEADER: Final = "Kagimori-Signature"
+HEADER_KEYS: Final = "Kagimori-Keys"
+"""Of a request: the IDs of the keys that the sender would believe a reply by. A hint, outside of everything signed."""
 LABEL_REPLY: Final = "kagimori/1/reply/"
 PUBLIC_KEY_SIZE: Final = 32
 
 _SIGNATURE_SIZE: Final = 64
 _HEADER_FORM: Final = re.compile(r"\Aed25519; key=([0-9a-f]{16}); sig=([A-Za-z0-9+/]{86}==)\Z")
+
+_KEYS_FORM: Final = re.compile(r"\A[0-9a-f]{16}(, [0-9a-f]{16}){0,3}\Z")
+"""One to four: as many as an agent can pin of one verifier (PROTOCOL.md section 1)."""
 
 
 class _Typed(msgspec.Struct):
@@ -44,6 +49,16 @@ _TYPED: Final = msgspec.json.Decoder(_Typed)
 def key_id(public_key: bytes) -> str:
     """Name a public key: the first 8 bytes of its SHA-256, in hex."""
     return hashlib.sha256(public_key).digest()[:8].hex()
+
+
+def write_key_ids(public_keys: Iterable[bytes]) -> str:
+    """Give the value of the Kagimori-Keys header: the IDs of these keys."""
+    return ", ".join(map(key_id, public_keys))
+
+
+def read_key_ids(header: str) -> frozenset[str]:
+    """Read the IDs in a Kagimori-Keys header. What has another form names none: it is a hint, and anybody may have sent it."""
+    return frozenset(header.split(", ")) if _KEYS_FORM.match(header) else frozenset()
 
 
 def signed_bytes(reply_type: str, request: bytes, reply: bytes) -> bytes:

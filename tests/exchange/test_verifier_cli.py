@@ -33,6 +33,8 @@ VERBS = [
 GOOD: dict[tuple[str, ...], Callable[[Desk], tuple[str | Path, ...]]] = {
     ("init",): lambda desk: ("--dir", desk.directory / "new"),
     ("identity", "show"): lambda _: (),
+    ("identity", "rotate"): lambda _: (),
+    ("upgrade",): lambda _: (),
     ("vm", "add"): lambda _: ("web2", "--profile", "debian"),
     ("vm", "list"): lambda _: (),
     ("vm", "show"): lambda _: ("web1",),
@@ -61,6 +63,8 @@ GOOD: dict[tuple[str, ...], Callable[[Desk], tuple[str | Path, ...]]] = {
 }
 BAD: dict[tuple[str, ...], tuple[str, ...]] = {
     ("init",): ("--dir", "{desk}"),
+    ("identity", "activate"): (),
+    ("identity", "retire"): ("0123456789abcdef",),
     ("vm", "add"): ("web1", "--profile", "debian"),
     ("vm", "show"): ("nobody",),
     ("vm", "enable"): ("nobody",),

@@ -19,7 +19,10 @@ MODULES = sorted(
     [
         *(ROOM / "verify").glob("*.py"),
         *(ROOM / "appraise").glob("*.py"),
-        *(ROOM / name for name in ("pipeline.py", "parts.py", "release.py", "enrolling.py", "token.py")),
+        *(
+            ROOM / name
+            for name in ("pipeline.py", "sessions.py", "parts.py", "release.py", "enrolling.py", "token.py")
+        ),
     ]
 )
 TRAIL = {"step", "require", "note"}

@@ -82,11 +82,10 @@ def test_a_next_key_is_accepted_and_a_retired_one_is_not(store: Store) -> None:
     """Challenges signed by the next key count already; those of a retired one no longer."""
     with store.write() as txn:
         made = identity.create(txn, KEK, 0)
-        row = identities.all(txn, "signing")[0]
-        identities.add(txn, replace(row, key_id="next", public=b"n" * 32, state="next"))
-        identities.add(txn, replace(row, key_id="old", public=b"o" * 32, state="retired"))
+        staged = identity.make_signing_key(txn, KEK, 1, "next")
+        identity.make_signing_key(txn, KEK, 1, "retired")
     with store.read() as txn:
-        assert identity.load(txn, KEK).public == {made.current, b"n" * 32}
+        assert identity.load(txn, KEK).public == {made.current, staged.public}
 
 
 def test_two_current_keys_are_no_identity(store: Store) -> None:

@@ -10,6 +10,7 @@ from kagimori_protocol.errors import OperatorError
 from kagimori_verifier import identity
 from kagimori_verifier.endorsements.directory import EndorsementDirectory
 from kagimori_verifier.facts import StoredFacts
+from kagimori_verifier.keyring import Keyring
 from kagimori_verifier.keystore.kek import kek_id
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.limits import RateLimit
@@ -39,10 +40,15 @@ class Verifier:
 
     settings: Settings
     store: Store
-    keys: Keys
+    keyring: Keyring
     unlock_keys: UnlockKeys
     metrics: Metrics
     service: Service
+
+    @property
+    def keys(self) -> Keys:
+        """Its own keys of now."""
+        return self.keyring.keys()
 
     def close(self) -> None:
         """Close the store."""
@@ -95,7 +101,7 @@ def open_verifier(settings: Settings, clock: Callable[[], float] = time.time) ->
                     found=f"the KEK {kek_id(kek)}",
                     todo="Restore the KEK that belongs to this database from your backup.",
                 )
-            keys = identity.load(txn, kek)
+        keyring = Keyring(store, kek)
     except BaseException:
         store.close()
         raise
@@ -104,14 +110,12 @@ def open_verifier(settings: Settings, clock: Callable[[], float] = time.time) ->
         pipeline=Pipeline(
             facts=StoredFacts(store),
             endorsements=EndorsementDirectory(settings.path(settings.endorsements)),
-            token_key=keys.token,
-            public_keys=keys.public,
             session_s=settings.limits.session_s,
         ),
         release=Release(store, unlock_keys, metrics),
-        signing_key=keys.signing,
+        keys=keyring.keys,
         refusals=Refusals(store),
         metrics=metrics,
         clock=clock,
     )
-    return Verifier(settings, store, keys, unlock_keys, metrics, service)
+    return Verifier(settings, store, keyring, unlock_keys, metrics, service)

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Final, Protocol
 from msgspec import UNSET
 
 from kagimori_protocol import messages, tpm, transcript
-from kagimori_protocol.errors import NotAuthentic, PeerError
+from kagimori_protocol.errors import NotAuthentic
 from kagimori_protocol.snp import VMPL_HOST_REQUESTED
-from kagimori_verifier import token, wrapping
+from kagimori_verifier import token
 from kagimori_verifier.appraise import appraise
 from kagimori_verifier.appraise.volumes import appraise_volumes
 from kagimori_verifier.claims import BootClaims, Claims
 from kagimori_verifier.decision import Allow, Deny, decide
 from kagimori_verifier.parts import VtpmParts, require_no_tpm, vtpm_parts
+from kagimori_verifier.sessions import require_own
 from kagimori_verifier.states import STAGED, WAITING
 from kagimori_verifier.verify import eventlog
 from kagimori_verifier.verify.eventlog import LoggedBoot
@@ -34,12 +35,13 @@ from kagimori_verifier.verify.vtpm import verify_ak, verify_direct, verify_manif
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from kagimori_protocol.messages import Challenge, Evidence, Hello, Purpose
+    from kagimori_protocol.messages import Challenge, Hello, Purpose
     from kagimori_protocol.snp import Report
     from kagimori_verifier.appraise.policy import Policy
     from kagimori_verifier.appraise.reference import References
     from kagimori_verifier.claims import Measurement, SnpClaims
     from kagimori_verifier.roots import TrustedRoots
+    from kagimori_verifier.sessions import OwnKeys
     from kagimori_verifier.trail import Trail
 
 SVSM_FEATURES: Final = frozenset({"vtpm"})
@@ -102,11 +104,12 @@ class EndorsementSource(Protocol):
 class Judgement:
     """Authentic evidence, judged. ``binding`` is TH; the answer is bound to it.
 
-    ``unexplained`` are the governed PCRs that no reference value explains; ``enrol_proof`` is held against ``t0``.
+    ``signed_by`` is the verifier's public key that the agent believed its challenge by. ``unexplained`` are the governed PCRs that no reference value explains; ``enrol_proof`` is held against ``t0``.
     """
 
     evidence_sha256: bytes
     session: bytes
+    signed_by: bytes
     hello: Hello
     vm: Vm
     claims: Claims
@@ -119,27 +122,17 @@ class Judgement:
 
 
 class Pipeline:
-    """One verifier's judgement. ``public_keys`` are the Ed25519 keys that its challenges may have been signed by."""
+    """One verifier's judgement. Its own keys come with each request, since its owner may change them meanwhile."""
 
-    def __init__(
-        self,
-        *,
-        facts: Facts,
-        endorsements: EndorsementSource,
-        token_key: bytes,
-        public_keys: frozenset[bytes],
-        session_s: int,
-    ) -> None:
+    def __init__(self, *, facts: Facts, endorsements: EndorsementSource, session_s: int) -> None:
         """Keep the collaborators; nothing is opened here."""
         self._facts = facts
         self._endorsements = endorsements
-        self._token_key = token_key
-        self._public_keys = public_keys
         self._session_s = session_s
         self._certificates = Memory(MOST_CERTIFICATES)
         self._logs = Memory(MOST_LOGS)
 
-    def challenge(self, body: bytes, now_s: int) -> Challenge:
+    def challenge(self, body: bytes, now_s: int, keys: OwnKeys) -> Challenge:
         """Answer a Hello. Raises Malformed, UnsupportedVersion, or NotAuthentic(``vm.enabled``)."""
         hello = messages.decode(messages.Hello, body)
         policy = self._facts.policy(hello.vm_id)
@@ -158,9 +151,9 @@ class Pipeline:
             expires_in=self._session_s,
             pcr_selection=tpm.pcr_selection(policy.quoted_pcrs),
         )
-        return token.issue(self._token_key, body, unbound, now_s)
+        return token.issue(keys.token, body, unbound, now_s)
 
-    def judge(self, body: bytes, now_s: int, trail: Trail) -> Judgement:
+    def judge(self, body: bytes, now_s: int, trail: Trail, keys: OwnKeys) -> Judgement:
         """Judge one Evidence, writing every check on ``trail``.
 
         Raises Malformed and UnsupportedVersion for what cannot be read, NotAuthentic for what cannot be believed;
@@ -170,7 +163,7 @@ class Pipeline:
         evidence = messages.decode(messages.Evidence, body)
         hello = messages.decode(messages.Hello, evidence.hello)
         trail.note("message.decode", True, expected="an Evidence and a Hello in their one form", found="both")  # noqa: FBT003 - they were read
-        challenge, session = self._own_challenge(trail, evidence, now_s)
+        own = require_own(trail, evidence, now_s, keys, self._session_s)
         t0 = transcript.t0(evidence.hello, [(signed.key, signed.challenge) for signed in evidence.challenges])
         # 2 VM known and enabled, purpose allowed, volumes a subset of the VM's
         vm = self._known_vm(trail, hello)
@@ -195,61 +188,18 @@ class Pipeline:
         appraise_volumes(trail, hello.volumes, vm.others, vm.provenance)
         return Judgement(
             evidence_sha256=hashlib.sha256(body).digest(),
-            session=challenge.session,
+            session=own.challenge.session,
+            signed_by=own.signed_by,
             hello=hello,
             vm=vm,
             claims=claims,
-            binding=transcript.answer_binding(t0, messages.encode(challenge), body),
+            binding=transcript.answer_binding(t0, messages.encode(own.challenge), body),
             decision=decide(measurement.kind, trail.checks),
-            expires_s=session.issued + self._session_s,
+            expires_s=own.session.issued + self._session_s,
             unexplained=unexplained,
             t0=t0,
             enrol_proof=None if evidence.enrol_proof is UNSET else evidence.enrol_proof,
         )
-
-    def _own_challenge(self, trail: Trail, evidence: Evidence, now_s: int) -> tuple[Challenge, token.Session]:
-        """Step 1: find this verifier's challenge in the list; hold its token against Hello, Challenge and clock."""
-        own = self._find_own(evidence)
-        trail.require(
-            "session.token",
-            own is not None,
-            expected="a challenge under one of this verifier's keys, with a token that it issued",
-            found=f"{'one' if own else 'none'} among {len(evidence.challenges)}",
-        )
-        challenge, session = own  # type: ignore[misc]  # required just above
-        hello_sha256 = hashlib.sha256(evidence.hello).digest()
-        trail.require(
-            "session.hello",
-            session.hello_sha256 == hello_sha256,
-            expected=f"the Hello that this token was issued for: SHA-256 {session.hello_sha256.hex()}",
-            found=hello_sha256.hex(),
-        )
-        unbound = token.unbound_sha256(challenge)
-        trail.require(
-            "session.challenge",
-            session.challenge_sha256 == unbound,
-            expected=f"the Challenge as it was sent: SHA-256 {session.challenge_sha256.hex()}",
-            found=unbound.hex(),
-        )
-        age = now_s - session.issued
-        trail.require(
-            "session.fresh",
-            -token.CLOCK_SKEW_S <= age <= self._session_s,
-            expected=f"issued at most {self._session_s} s ago",
-            found=f"issued {age} s ago",
-        )
-        return challenge, session
-
-    def _find_own(self, evidence: Evidence) -> tuple[Challenge, token.Session] | None:
-        for signed in evidence.challenges:
-            if signed.key not in self._public_keys:
-                continue
-            try:
-                challenge = messages.decode(messages.Challenge, signed.challenge)
-                return challenge, token.read(self._token_key, challenge.session)
-            except (wrapping.BoxBroken, PeerError):
-                continue
-        return None
 
     def _known_vm(self, trail: Trail, hello: Hello) -> Vm:
         """Step 2: the VM is known and enabled, may ask for this, and asks for its own volumes only."""

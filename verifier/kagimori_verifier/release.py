@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import UNSET
 
-from kagimori_protocol import messages, sealing, tpm, transcript
+from kagimori_protocol import messages, sealing, signature, tpm, transcript
 from kagimori_protocol.errors import NotAuthentic, OperatorError
 from kagimori_protocol.messages import Check
 from kagimori_verifier import enrolling, ledger
@@ -233,6 +233,7 @@ def _redeem(
     snp, hello = judgement.claims.snp, judgement.hello
     outcome = KEYS if hello.purpose in _GIVES_KEYS else ALLOWED
     decided = outcome if isinstance(decision, Allow) else DENIED
+    verifier_key = signature.key_id(judgement.signed_by)
     redemption = Redemption(
         session_sha256=session_sha256,
         session=session,
@@ -250,6 +251,7 @@ def _redeem(
         answer=None,
         confirm_key=None,
         outcome=None,
+        verifier_key=verifier_key,
     )
     redemptions.purge_answers(txn, now_s)
     redemptions.insert(txn, redemption)
@@ -271,6 +273,7 @@ def _redeem(
             "measurement": snp.report.measurement.hex(),
             "volumes": list(hello.volumes),
             "evidence_sha256": judgement.evidence_sha256.hex(),
+            "verifier_key": verifier_key,
             "checks": [
                 {"id": check.id, "ok": check.ok, "expected": check.expected, "found": check.found}
                 for check in decision.checks

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import MAX_BODY, PATH_CHALLENGE, PATH_CONFIRM, PATH_RELEASE
-from kagimori_protocol.signature import HEADER
+from kagimori_protocol.signature import HEADER, HEADER_KEYS
 from kagimori_verifier.limits import Arriving, source_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def application(
     arriving = Arriving(most=ARRIVING, per_source=ARRIVING_PER_SOURCE)
     looking = asyncio.Lock()
 
-    def endpoint(answer: Callable[[bytes, str], Reply]) -> Callable[[Request], Awaitable[Response]]:
+    def endpoint(answer: Callable[[bytes, str, str], Reply]) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             address = request.client.host if request.client else "unknown"
             source = source_of(address)
@@ -74,7 +74,8 @@ def application(
                 metrics.unavailable("busy")
                 return _away(503, "busy", RETRY_S)
             async with slots:
-                return await _answer(request.url.path, body, address, answer, metrics, threads)
+                asked = (body, address, request.headers.get(HEADER_KEYS, ""))
+                return await _answer(request.url.path, asked, answer, metrics, threads)
 
         return handle
 
@@ -117,17 +118,18 @@ async def _body(request: Request) -> bytes | Response:
         return Response("body broken off\n", 400, media_type="text/plain")  # nobody is there to read it
 
 
-async def _answer(  # noqa: PLR0913 - what came, from whom, and what answers it
+async def _answer(
     path: str,
-    body: bytes,
-    source: str,
-    answer: Callable[[bytes, str], Reply],
+    asked: tuple[bytes, str, str],
+    answer: Callable[[bytes, str, str], Reply],
     metrics: Metrics,
     threads: Executor,
 ) -> Response:
+    """Answer what was ``asked``: a body, from whom, and by which keys the sender would believe."""
+    source = asked[1]
     started = time.monotonic()
     try:
-        reply = await asyncio.get_running_loop().run_in_executor(threads, answer, body, source)
+        reply = await asyncio.get_running_loop().run_in_executor(threads, answer, *asked)
     except OperatorError as error:
         metrics.unavailable("store")
         _log.error("unavailable", path=path, source=source, **error.as_dict())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kagimori_protocol import messages, signature, transcript
 from kagimori_protocol.errors import Malformed, NotAuthentic, PeerError, UnsupportedVersion
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import msgspec
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    from kagimori_verifier.identity import Keys
     from kagimori_verifier.metrics import Metrics
     from kagimori_verifier.pipeline import Pipeline
     from kagimori_verifier.refusals import Refusals
@@ -57,75 +58,97 @@ class Service:
         *,
         pipeline: Pipeline,
         release: Release,
-        signing_key: Ed25519PrivateKey,
+        keys: Callable[[], Keys],
         refusals: Refusals,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Keep the collaborators. ``clock`` gives seconds since 1970."""
+        """Keep the collaborators. ``keys`` gives the verifier's keys of now, ``clock`` seconds since 1970."""
         self._pipeline = pipeline
         self._release = release
-        self._signing_key = signing_key
+        self._keys = keys
         self._refusals = refusals
         self._metrics = metrics
         self._clock = clock
 
-    def challenge(self, request: bytes, source: str) -> Reply:
-        """Answer a Hello with a Challenge. ``source`` names the sender for the owner, e.g. its address."""
-        try:
-            reply = self._pipeline.challenge(request, self._now_s())
-        except PeerError as error:
-            return self._denied("challenge", request, error, source, session=b"")
-        return self._signed("challenge", request, reply, OK)
+    def challenge(self, request: bytes, source: str, pinned: str = "") -> Reply:
+        """Answer a Hello with a Challenge.
 
-    def release(self, request: bytes, source: str) -> Reply:
+        Here and below, ``source`` names the sender for the owner, e.g. its address, and ``pinned`` is the value of its
+        Kagimori-Keys header: by which keys it would believe an answer.
+        """
+        keys = self._keys()
+        asked = _Asked("challenge", request, source, _signer(keys, pinned))
+        try:
+            reply = self._pipeline.challenge(request, self._now_s(), keys)
+        except PeerError as error:
+            return self._denied(asked, error, session=b"")
+        return self._signed(asked, reply, OK)
+
+    def release(self, request: bytes, source: str, pinned: str = "") -> Reply:
         """Answer Evidence with an answer that only its sender can open, or with a denial."""
+        keys = self._keys()
+        asked = _Asked("release", request, source, _signer(keys, pinned))
         trail, now_s = Trail(), self._now_s()
         try:
-            judgement = self._pipeline.judge(request, now_s, trail)
+            judgement = self._pipeline.judge(request, now_s, trail, keys)
             body = self._release.answer(judgement, now_s)
         except PeerError as error:
-            return self._denied("release", request, error, source, session=_session_of(request))
-        return self._sign("release", request, body, OK)
+            return self._denied(asked, error, session=_session_of(request))
+        return self._sign(asked, body, OK)
 
-    def confirm(self, request: bytes, source: str) -> Reply:
+    def confirm(self, request: bytes, source: str, pinned: str = "") -> Reply:
         """Write down what became of an answer, if whoever confirms has opened it."""
+        asked = _Asked("confirm", request, source, _signer(self._keys(), pinned))
         session = b""
         try:
             confirm = messages.decode(messages.Confirm, request)
             session = confirm.session
             self._release.confirm(confirm, self._now_s())
         except PeerError as error:
-            return self._denied("confirm", request, error, source, session=session)
+            return self._denied(asked, error, session=session)
         receipt = messages.Receipt(version=messages.VERSION, session=session, outcome=confirm.outcome)
-        return self._signed("confirm", request, receipt, OK)
+        return self._signed(asked, receipt, OK)
 
     def _now_s(self) -> int:
         return int(self._clock())
 
-    def _denied(self, path: str, request: bytes, error: PeerError, source: str, *, session: bytes) -> Reply:
+    def _denied(self, asked: _Asked, error: PeerError, *, session: bytes) -> Reply:
         """Tell the sender little and the owner all."""
         if isinstance(error, UnsupportedVersion):
             spoken = messages.VersionsSpoken(version=messages.VERSION, versions=list(messages.VERSIONS))
-            return self._signed(path, request, spoken, BAD_REQUEST)
+            return self._signed(asked, spoken, BAD_REQUEST)
         self._refusals.note(
             at_s=self._now_s(),
-            path=path,
+            path=asked.path,
             session=transcript.session_id(session) if session else None,
-            vm_id=_vm_of(request),
+            vm_id=_vm_of(asked.request),
             error=error,
-            source=source,
+            source=asked.source,
         )
         code = "malformed" if isinstance(error, Malformed) else _COARSE.get(error.code, "not-authentic")
         denial = messages.Denial(version=messages.VERSION, session=session, code=code)
-        return self._signed(path, request, denial, BAD_REQUEST if isinstance(error, Malformed) else FORBIDDEN)
+        return self._signed(asked, denial, BAD_REQUEST if isinstance(error, Malformed) else FORBIDDEN)
 
-    def _signed(self, path: str, request: bytes, message: msgspec.Struct, status: int) -> Reply:
-        return self._sign(path, request, messages.encode(message), status)
+    def _signed(self, asked: _Asked, message: msgspec.Struct, status: int) -> Reply:
+        return self._sign(asked, messages.encode(message), status)
 
-    def _sign(self, path: str, request: bytes, body: bytes, status: int) -> Reply:
-        self._metrics.replied(path, status)
-        return Reply(status, body, signature.sign(self._signing_key, request, body))
+    def _sign(self, asked: _Asked, body: bytes, status: int) -> Reply:
+        self._metrics.replied(asked.path, status)
+        return Reply(status, body, signature.sign(asked.signer, asked.request, body))
+
+
+class _Asked(NamedTuple):
+    """A request, and the key that its sender will believe a reply by."""
+
+    path: str
+    request: bytes
+    source: str
+    signer: Ed25519PrivateKey
+
+
+def _signer(keys: Keys, pinned: str) -> Ed25519PrivateKey:
+    return keys.signer(signature.read_key_ids(pinned))
 
 
 def _vm_of(request: bytes) -> str | None:

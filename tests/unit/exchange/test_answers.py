@@ -40,6 +40,7 @@ def test_a_request_says_no_more_than_it_must(loopback: Loopback) -> None:
             "connection: close",
             f"content-length: {len(loopback.request)}",
             "content-type: application/json",
+            f"kagimori-keys: {signature.key_id(loopback.public)}",
             "user-agent: kagimori-agent",
         ]
     )
@@ -129,13 +130,28 @@ def test_a_reply_signed_by_an_unknown_key_is_refused(loopback: Loopback) -> None
         loopback.says(loopback.signed(loopback.request, key=Ed25519PrivateKey.generate()))
     )
     error = loopback.refusal(server.url)
-    assert error.code == "network.bad-signature"
+    assert error.code == "network.unknown-key"
+    assert "kagimori-verifier vm config" in (error.todo or "")
     assert signature.key_id(loopback.public) in (error.expected or "")
 
 
 def test_an_endpoint_without_keys_has_no_answers(loopback: Loopback) -> None:
     """Empty means no."""
-    assert loopback.refusal(loopback.serve(loopback.honest).url, keys=()).code == "network.bad-signature"
+    assert loopback.refusal(loopback.serve(loopback.honest).url, keys=()).code == "network.unknown-key"
+
+
+def test_a_request_says_by_which_keys_a_reply_would_be_believed(loopback: Loopback) -> None:
+    """A verifier that is changing its keys then signs by one of them (ADR 8)."""
+    heads: list[bytes] = []
+
+    def listen(connection: socket.socket, head: bytes, body: bytes) -> None:
+        heads.append(head)
+        loopback.honest(connection, head, body)
+
+    other = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+    loopback.ask(loopback.serve(listen).url, keys=(loopback.public, other))
+    named = f"Kagimori-Keys: {signature.key_id(loopback.public)}, {signature.key_id(other)}"
+    assert named.encode() in heads[0].split(b"\r\n")
 
 
 @pytest.mark.parametrize("status", ["403 Forbidden", "500 Internal Server Error", "307 Temporary Redirect"])

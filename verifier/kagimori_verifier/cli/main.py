@@ -32,7 +32,7 @@ INTERRUPTED: Final = 130
 MODULES: Final = {
     "init": "setup",
     "serve": "setup",
-    "identity": "setup",
+    "identity": "signing_keys",
     "upgrade": "upkeep",
     "vm": "vms",
     "volume": "volumes",

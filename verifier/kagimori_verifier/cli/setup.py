@@ -1,4 +1,4 @@
-"""``init``, ``serve``, ``identity``: make a verifier and run it."""
+"""``init``, ``serve``: make a verifier and run it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from kagimori_protocol import signature
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier import settings
 from kagimori_verifier.cli import arguments
-from kagimori_verifier.cli.access import now_s, reading
-from kagimori_verifier.cli.output import Output, add_verb, group
+from kagimori_verifier.cli.access import now_s
+from kagimori_verifier.cli.output import Output, add_verb
 from kagimori_verifier.keystore.kek import KEK_SIZE, FileKek
-from kagimori_verifier.store import identities
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,10 +68,6 @@ def register(verbs: Verbs) -> None:
         "Answer guests until SIGTERM, logging JSON lines on stderr. With --json, the first line on stdout is the URL.",
         "--config /etc/kagimori/verifier.toml serve",
     )
-    identity = group(
-        add_verb(verbs, "identity", None, "Show the keys that sign this verifier's answers.", "identity show")
-    )
-    add_verb(identity, "show", _identity_show, "Print the public keys that agents pin.", "identity show")
 
 
 def _init(options: argparse.Namespace, output: Output) -> int:
@@ -178,20 +173,6 @@ def _quietly(remove: Callable[[], None]) -> None:
     """Take back what may not have been made yet."""
     with contextlib.suppress(OSError):
         remove()
-
-
-def _identity_show(options: argparse.Namespace, output: Output) -> int:
-    with reading(options) as txn:
-        rows = [
-            {"key_id": row.key_id, "public_key": b64encode(row.public).decode(), "state": row.state}
-            for row in identities.all(txn, "signing")
-            if row.public is not None
-        ]
-    current = next((row for row in rows if row["state"] == "current"), {})
-    output.result(
-        current | {"keys": rows}, *(f"{row['state']}  {row['key_id']}  {row['public_key']}" for row in rows)
-    )
-    return 0
 
 
 def _serve(options: argparse.Namespace, output: Output) -> int:

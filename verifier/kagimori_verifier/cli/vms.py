@@ -218,7 +218,7 @@ def _config(options: argparse.Namespace, output: Output) -> int:
         keys = [
             b64encode(key.public).decode()
             for key in sorted(identities.all(txn, "signing"), key=lambda key: key.state != "current")
-            if key.public is not None and key.state != "retired"
+            if key.public is not None and key.state in {"current", "next"}
         ]
     if profile is None:
         raise unknown("profile", row.profile, "`kagimori-verifier profile list` shows the profiles.")

@@ -9,20 +9,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kagimori_protocol.errors import OperatorError, UsageError
-from kagimori_verifier import enrolment, identity, ledger, luks_enrol
+from kagimori_protocol.errors import UsageError
+from kagimori_verifier import enrolment, ledger, luks_enrol
 from kagimori_verifier.cli import arguments, enrolments
 from kagimori_verifier.cli.access import now_s, opened, reading, unknown, writing
 from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
+from kagimori_verifier.cli.own_kek import own_kek
 from kagimori_verifier.cli.vms import known, shown_volume
 from kagimori_verifier.store import vms
-from kagimori_verifier.wrapping import BoxBroken
 
 if TYPE_CHECKING:
     from kagimori_verifier.cli.output import Verbs
-    from kagimori_verifier.settings import Settings
-    from kagimori_verifier.store import Store
 
 MAX_PASSPHRASE: Final = 8 << 20
 """Bytes that cryptsetup reads of a key file, too."""
@@ -82,7 +80,7 @@ def _add(options: argparse.Namespace, output: Output) -> int:
     with opened(options) as (settings, store):
         with store.read() as txn:
             known(txn, options.vm)
-        kek = _kek(settings, store)
+        kek = own_kek(settings, store)
         luks_enrol.luks2_uuid(options.device)  # before anybody is asked for a passphrase
         volume = enrolment.add_volume(
             store,
@@ -133,23 +131,6 @@ def _remove(options: argparse.Namespace, output: Output) -> int:
         ledger.append(txn, at_s=now_s(), event="volume-removed", vm_id=options.vm, session=None, body=body)
     output.result({"removed": uuid}, f"forgot the unlock key of {uuid}; its keyslot is still in the header")
     return 0
-
-
-def _kek(settings: Settings, store: Store) -> bytes:
-    """Read the KEK, and make sure that it is this database's: a key wrapped by another could never be released."""
-    kek = settings.kek_provider().read()
-    try:
-        with store.read() as txn:
-            identity.load(txn, kek)
-    except BoxBroken as error:
-        raise OperatorError(
-            "This database was made under another key-encryption key.",
-            code="kek.other",
-            expected="the KEK that `init` made with this database",
-            found="another one",
-            todo="Restore the KEK that belongs to this database from your backup.",
-        ) from error
-    return kek
 
 
 def _passphrase(options: argparse.Namespace) -> bytes:

@@ -13,7 +13,7 @@ from kagimori_protocol.errors import OperatorError
 from kagimori_protocol.messages import Kind, Outcome, Purpose
 from kagimori_verifier.store.database import Txn
 from kagimori_verifier.store.prepared import Prepared
-from kagimori_verifier.store.schema import direct_grant, opened_boot, redemption
+from kagimori_verifier.store.schema import direct_grant, ledger, opened_boot, redemption, vm
 
 
 class AlreadyRedeemed(OperatorError):
@@ -113,6 +113,22 @@ def claim_direct_grant(
 def is_opened(txn: Txn, report_id: bytes) -> bool:
     """Tell whether this boot has confirmed that its volumes are open."""
     return _first_session(txn, opened_boot, report_id) is not None
+
+
+def last_opened(txn: Txn) -> dict[str, str | None]:
+    """Give, for each VM that has confirmed `opened` since it was added, the verifier's key (ID) of the newest such boot.
+
+    The key is None where it was not written down. Newest is by the ledger: two boots may lie in one second.
+    """
+    rows = txn.execute(
+        select(redemption.c.vm_id, redemption.c.verifier_key)
+        .join(ledger, ledger.c.session == redemption.c.session)
+        .join(vm, vm.c.vm_id == redemption.c.vm_id)
+        .where(ledger.c.event == "confirmed-opened", ledger.c.vm_id == redemption.c.vm_id)
+        .where(ledger.c.created >= vm.c.created)
+        .order_by(ledger.c.seq)
+    )
+    return {row.vm_id: row.verifier_key for row in rows}
 
 
 def mark_opened(txn: Txn, signer: str, chip_id: bytes, report_id: bytes, session_sha256: bytes) -> None:
