@@ -103,7 +103,7 @@ def boot_of(vm_id: str) -> MeasuredBoot:
     return measured_boot.grub(
         loader=GrubLoader(commands=commands),
         initramfs=f"initramfs of {vm_id}".encode(),
-        cmdline=f"root={vm_id}",
+        cmdline=f"{measured_boot.CMDLINE} of={vm_id}",
     )
 
 

@@ -102,7 +102,7 @@ class Owner:
         self, name: str, boot_way: BootWay, kind: Kind, digest: bytes, features: Sequence[str] = ("vtpm",)
     ) -> None:
         """Add a profile with one measurement."""
-        policy = Policy(boot_way=boot_way, tcb_floors={"Milan": FLOOR})
+        policy = Policy(boot_way=boot_way, tcb_floors={"Milan": FLOOR}, command_lines=[measured_boot.CMDLINE])
         with self.verifier.store.write() as txn:
             profiles.add(txn, profiles.ProfileRow(name, msgspec.json.encode(policy).decode(), 0))
         self.enrol_measurement(name, kind, digest, features)

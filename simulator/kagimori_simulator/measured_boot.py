@@ -15,6 +15,7 @@ from kagimori_simulator import pe
 from kagimori_simulator.event_log import Event, EventType, MeasuredBoot, same
 
 __all__ = [
+    "CMDLINE",
     "Disk",
     "Firmware",
     "GrubLoader",
@@ -43,7 +44,11 @@ _FIRMWARE_SEPARATOR_PCRS: Final = (0, 1, 2, 3, 4, 5, 6)
 _SEPARATOR: Final = bytes(4)
 _KERNEL: Final = pe.image({".text": b"a kernel"})
 _INITRAMFS: Final = b"an initramfs"
-_CMDLINE: Final = "root=/dev/mapper/cryptroot ro rd.shell=0 rd.emergency=poweroff console=ttyS0"
+CMDLINE: Final = (
+    "root=/dev/mapper/cryptroot ro rd.shell=0 rd.emergency=poweroff panic=-1 noresume "
+    "systemd.import_credentials=no systemd.gpt_auto=0 console=ttyS0"
+)
+"""One that leaves no door open."""
 
 _DISK_GUID: Final = uuid.UUID("6b616769-6d6f-7269-8000-000000000001")
 _PARTITION_GUIDS: Final = (
@@ -113,7 +118,7 @@ class Uki:
 
     linux: bytes = field(default=_KERNEL, repr=False)
     initrd: bytes = field(default=_INITRAMFS, repr=False)
-    cmdline: str = _CMDLINE
+    cmdline: str = CMDLINE
     osrel: bytes = b"ID=simulated\n"
     uname: str = "6.12.0-simulated"
     sbat: bytes = b"sbat,1,SBAT Version,sbat,1,https://github.com/rhboot/shim/blob/main/SBAT.md\n"
@@ -148,7 +153,7 @@ def grub(  # noqa: PLR0913 - one argument per part of a boot, by name only
     loader: GrubLoader = GrubLoader(),
     kernel: bytes = _KERNEL,
     initramfs: bytes = _INITRAMFS,
-    cmdline: str = _CMDLINE,
+    cmdline: str = CMDLINE,
 ) -> MeasuredBoot:
     """Boot through GRUB, with shim in front of it unless None.
 
@@ -212,7 +217,7 @@ def direct(
     secure_boot: SecureBoot = SecureBoot(enabled=False),
     kernel: bytes = _KERNEL,
     initramfs: bytes = _INITRAMFS,
-    cmdline: str = _CMDLINE,
+    cmdline: str = CMDLINE,
 ) -> MeasuredBoot:
     """Let QEMU hand kernel, initramfs and command line to OVMF (``-kernel``).
 

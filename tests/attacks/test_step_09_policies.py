@@ -65,7 +65,7 @@ BOOTS: dict[str, tuple[MeasuredBoot, tuple[str, ...]]] = {
     "another initramfs": (measured_boot.grub(initramfs=b"an attacker's initramfs"), ("pcr.9",)),
     "a shell on the command line": (
         measured_boot.grub(cmdline="root=/dev/vda rd.break=pre-mount console=ttyS0"),
-        ("pcr.8", "pcr.9"),
+        ("pcr.8", "pcr.9", "cmdline.doors"),
     ),
     "a GRUB that was talked to": (
         measured_boot.grub(loader=GrubLoader(commands=("set root=(cd0)",))),

@@ -53,7 +53,9 @@ def of(cache: Cache, built: Images, kind: str = "svsm-vtpm", measurement: str = 
     rooms = [ROOT / name for name in ("verifier", "protocol", "pyproject.toml")]
     made_from = [built.volume.parent.name, built.amd_root.parent.name, *rooms, Path(__file__)]
     owner = cache.get(
-        f"owner-{kind}", [*made_from, measurement], lambda to: _build_owner(to, built, kind, measurement)
+        f"owner-{kind}",
+        [*made_from, measurement, built.variant.cmdline],
+        lambda to: _build_owner(to, built, kind, measurement),
     )
     agent_toml = (owner / "agent.toml").read_text(encoding="utf-8")
     initramfs = images.build_initramfs(cache, built, agent_toml)
@@ -78,7 +80,8 @@ def _build_owner(to: Path, built: Images, kind: str, measurement: str) -> None:
         path.write_bytes(content)
     owner("endorsements", "root", "add", "--certificate", str(ders["ark"]), "--label", "simulated")
     owner("endorsements", "import", *map(str, ders.values()))
-    owner("profile", "add", PROFILE, "--boot-way", "direct", "--tcb-floor", FLOOR)
+    line = built.variant.cmdline
+    owner("profile", "add", PROFILE, "--boot-way", "direct", "--tcb-floor", FLOOR, "--command-line", line)
     owner(
         *("reference", "measurement", "add", measurement, "--profile", PROFILE, "--kind", kind),
         *("--label", "known", *(("--svsm-feature", "vtpm") if kind == "svsm-vtpm" else ())),

@@ -68,7 +68,7 @@ def test_an_image_with_another_command_line_is_refused(
     images = estate.images
     disk = uki.disk(tmp_path / "disk", images, estate.initramfs, f"{images.variant.cmdline} init=/bin/sh")
     found = owned.refused(disk, PLAIN)
-    assert set(found) == {"pcr.4", "pcr.9", "pcr.11"}
+    assert set(found) == {"pcr.4", "pcr.9", "pcr.11", "cmdline.doors"}
     assert "BOOTX64.EFI" in found["pcr.4"]
     assert "Linux load options" in found["pcr.9"]
     assert "UKI section .cmdline" in found["pcr.11"]

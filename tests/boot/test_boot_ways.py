@@ -101,7 +101,8 @@ def test_another_command_line_in_grubs_configuration_is_refused(
         f"{images.variant.cmdline} init=/bin/sh",
     )
     found = grub.refused(disk, SECURE_BOOT)
-    assert set(found) == {"pcr.8", "pcr.9"}
+    assert set(found) == {"pcr.8", "pcr.9", "cmdline.doors"}
+    assert "init=/bin/sh" in found["cmdline.doors"]
     assert "init=/bin/sh" in found["pcr.8"]
 
 

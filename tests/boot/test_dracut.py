@@ -41,7 +41,7 @@ def test_a_changed_command_line_is_refused_with_its_reason(site: Site) -> None:
     assert not machine.said("root reached|cryptroot: mapped|emergency mode")
     assert machine.said("tpm0: PCR 15 was capped")
     failed = [check for check in site.explained(session_in(lines)) if not check["ok"]]
-    assert [check["id"] for check in failed] == ["pcr.9"]
+    assert [check["id"] for check in failed] == ["pcr.9", "cmdline.doors"]
     assert "Linux load options" in failed[0]["found"]
     assert site.events()[:2] == ["confirmed-received", "refused"]
 

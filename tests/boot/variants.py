@@ -15,7 +15,10 @@ MODULE: Final = ROOT / "dracut-module/50kagimori"
 
 UUID: Final = "5c9e7a10-3d0f-4b7a-9a51-0c6b7d1e2f30"
 """Of the encrypted root."""
-_CMDLINE: Final = "console=ttyS0 root=/dev/mapper/cryptroot ro panic=-1 no_timer_check"
+WITHOUT_DOORS: Final = (
+    "systemd.import_credentials=no noresume systemd.gpt_auto=0 rd.shell=0 rd.emergency=poweroff panic=-1"
+)
+_CMDLINE: Final = f"console=ttyS0 root=/dev/mapper/cryptroot ro no_timer_check {WITHOUT_DOORS}"
 """An emulator that gets too little time fails the kernel's check of its timers, which then is a panic."""
 
 _BOOKWORM: Final = (

@@ -120,6 +120,22 @@ def test_an_agent_caps_the_pcr_that_its_policy_looks_at(furnished: Desk) -> None
     assert agent_config.load(path).tpm.cap_pcr == 13
 
 
+def test_who_accepts_a_door_reads_what_is_given_up(furnished: Desk) -> None:
+    """And who adds a profile whose logs hold no command line is told that its VMs will get no key."""
+    words = ("profile", "add", "--boot-way", "uki", "--tcb-floor", FLOOR)
+    assert "no command line is known" in furnished(*words, "silent").out
+    accepted = ("--accept-door", "command-line", "--accept-door", "resume")
+    told = furnished(*words, "lax", *accepted).out
+    assert "given up, command-line: what is booted may leave any door open" in told
+    assert "given up, resume: a disk of the host's" in told
+    known = furnished(*words, "strict", "--command-line", "root=/dev/vda ro noresume").out
+    assert "no command line" not in known
+    assert "given up" not in known
+    policy = furnished.good("profile", "show", "strict")
+    assert (policy["command_lines"], policy["accepted_doors"]) == (["root=/dev/vda ro noresume"], [])
+    assert furnished(*words, "odd", "--accept-door", "everything").code == 2
+
+
 def test_a_vm_without_an_svsm_is_told_its_kind(furnished: Desk) -> None:
     """The hint follows from what its profile knows."""
     furnished.good("profile", "add", "direct", "--boot-way", "direct", "--tcb-floor", FLOOR)

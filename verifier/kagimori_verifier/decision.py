@@ -70,6 +70,7 @@ _WITH_TPM: Final = (
     "eventlog.layout",
     "eventlog.replay",
     "cap.off",
+    "cmdline.doors",
 )
 
 _WITHOUT_TPM: Final = ("measurement.one-vm", "evidence.parts")

@@ -201,6 +201,11 @@ EXPLANATIONS: Final[dict[str, Explanation]] = {
         "Nobody in this boot has used its one chance before.",
         "Reboot the VM: a booted system cannot get its key again.",
     ),
+    "cmdline.doors": Explanation(
+        9,
+        "The command line closes every door to the host, but for those that you accept by name.",
+        "Put Kagimori's words on it (docs/policy.md), or accept a door: accepted_doors by profile edit NAME.",
+    ),
     "boot.unopened": Explanation(
         10,
         "This boot has not confirmed before that its volumes are open.",

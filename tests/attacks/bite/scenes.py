@@ -30,6 +30,7 @@ BOOTS: dict[str, MeasuredBoot] = {
     "capped": measured_boot.grub(),
     "uki": measured_boot.uki(),
     "agent": measured_boot.grub(),
+    "doors": measured_boot.grub(cmdline=f"{measured_boot.CMDLINE} systemd.import_credentials=yes"),
 }
 
 Stands = Callable[[str], tuple[Stand, dict[str, Any]]]
@@ -77,7 +78,8 @@ def scene(
         enrol_direct_vm(office, UUID, UNLOCK_KEY)
         return Scene(office, machine, "direct")
     profile: BootWay = "uki" if story.where == "uki" else "grub"
-    enrol_vm_below_svsm(office, UUID, UNLOCK_KEY, profile, BOOTS["uki" if profile == "uki" else "honest"])
+    accepted = BOOTS[story.where if story.where in {"uki", "doors"} else "honest"]
+    enrol_vm_below_svsm(office, UUID, UNLOCK_KEY, profile, accepted)
     stand, kept = stands(story.where)
     svsm = copy.copy(stand.svsm)
     svsm.machine = machine

@@ -18,9 +18,10 @@ from kagimori_protocol.messages import Verdict
 from kagimori_simulator.machine import SnpMachine
 from kagimori_simulator.svsm import Svsm
 
-Where = Literal["honest", "evil", "capped", "uki", "direct", "agent"]
+Where = Literal["honest", "evil", "capped", "uki", "direct", "agent", "doors"]
 """Which VM the attacker has in its hands: its honest boot, one with the attacker's kernel, its honest boot after the
-agent has capped it, one that boots a UKI, one without an SVSM, or one where an agent makes the TPM's keys itself."""
+agent has capped it, one that boots a UKI, one without an SVSM, one where an agent makes the TPM's keys itself, or one whose
+owner has accepted a command line that lets the host in."""
 
 
 class Stopped(Exception):

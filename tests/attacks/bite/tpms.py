@@ -193,7 +193,11 @@ STORIES: tuple[Story, ...] = (
     Story("T9: an EK that the attacker made", ("manifest.ek",), ek_template_of_the_attackers_choice),
     Story("T9: a Hello with a stranger's EK", ("manifest.hello",), hello_names_a_strangers_ek),
     Story("T9: a TPM beside a plain guest", ("evidence.parts",), tpm_parts_of_a_plain_guest, "direct"),
-    Story("T22: no log at all", ("evidence.parts", "eventlog.layout", "eventlog.replay"), no_log),
+    Story(
+        "T22: no log at all",
+        ("evidence.parts", "eventlog.layout", "eventlog.replay", "cmdline.doors"),
+        no_log,
+    ),
     Story("T22: an AK with a tail", ("ak.layout",), ak_with_a_tail),
     Story("T9: a key that signs what one gives it", ("ak.attributes",), unrestricted_key, "evil"),
     Story("T9: a key of another make", ("ak.scheme", "quote.signature"), unusual_key),
@@ -211,6 +215,7 @@ STORIES: tuple[Story, ...] = (
     Story("T22: a log with a tail", ("eventlog.layout",), partial(with_log, HONEST_LOG + b"\x00" * 7)),
     Story("T22: a log with an event too many", ("eventlog.replay",), learned_lies),
     Story("T5: a bad kernel", ("pcr.4", "pcr.9"), ask_as_the_vm_does, "evil"),
+    Story("T5: a command line that lets the host in", ("cmdline.doors",), ask_as_the_vm_does, "doors"),
     Story("T4: a capped boot", ("cap.off",), ask_as_the_vm_does, "capped"),
     *(
         Story(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kagimori_verifier.appraise.boot import appraise_boot
+from kagimori_verifier.appraise.command_line import appraise_command_line
 from kagimori_verifier.appraise.endorsement import appraise_endorsement
 from kagimori_verifier.appraise.snp import appraise_snp
 
@@ -33,4 +34,5 @@ def appraise(trail: Trail, claims: Claims, references: References, now: datetime
         unexplained = appraise_boot(
             trail, claims.hello.purpose, claims.vtpm.pcrs, claims.vtpm.logged.events, references
         )
+        appraise_command_line(trail, claims.vtpm.logged.events, references.policy)
     return unexplained

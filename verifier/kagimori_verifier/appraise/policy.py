@@ -6,7 +6,7 @@ Every list names what is allowed or demanded; what is not named is refused. Flag
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,6 +16,22 @@ from kagimori_protocol.snp import TcbVersion
 from kagimori_verifier.roots import PRODUCTS
 
 BootWay = Literal["grub", "uki", "direct"]
+Door = Literal[
+    "credentials",
+    "resume",
+    "gpt-auto",
+    "rescue-shell",
+    "emergency",
+    "panic",
+    "break",
+    "init",
+    "debug-shell",
+    "units",
+    "crash-dump",
+    "command-line",
+]
+"""What a command line may leave open (``command_line``); the last is one whose text nobody knows."""
+DOORS: Final[tuple[Door, ...]] = get_args(Door)
 
 _FIRMWARE: Final = frozenset({0, 1, 2, 3, 4, 5, 7})
 
@@ -46,6 +62,7 @@ CapPcr = Annotated[int, Meta(ge=8, le=15)]
 """One that the firmware leaves at zero; from 16 on, a guest can reset them and so undo the cap (TCG PC Client Platform
 Firmware Profile, PCR usage). agent.toml has the same bounds."""
 Bits = Annotated[int, Meta(ge=0)]
+CommandLine = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
 
 
 class TcbFloor(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -105,6 +122,10 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     revocation: Literal["required", "if-present"] = "required"
     extra_pcrs: list[PcrIndex] = msgspec.field(default_factory=list)
     cap_pcr: CapPcr = 15
+    command_lines: Annotated[list[CommandLine], Meta(max_length=64)] = msgspec.field(default_factory=list)
+    """Texts of command lines, for boot ways whose log holds nothing but their digest; without QEMU's ``initrd=initrd``."""
+    accepted_doors: list[Door] = msgspec.field(default_factory=list)
+    """What a command line may leave open; all other doors must be closed."""
 
     @property
     def governed_pcrs(self) -> tuple[int, ...]:

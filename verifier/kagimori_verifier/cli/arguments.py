@@ -19,6 +19,7 @@ _LISTEN: Final = re.compile(r"(\[[0-9a-fA-F:]+\]|[0-9A-Za-z.-]+):([0-9]{1,5})")
 _URL: Final = re.compile(r"https?://[!#-&(-;=@-\[\]-~]{1,500}")
 _UNNAMED_BIT: Final = re.compile(r"bit [0-9]{1,2}")
 MAX_LABEL: Final = 200
+MAX_COMMAND_LINE: Final = 4096
 MAX_PORT: Final = 65535
 MAX_ROWS: Final = 1_000_000
 SPKI_SIZE: Final = 32
@@ -48,6 +49,13 @@ def label(text: str) -> str:
     """Take a text for people, on one line."""
     if not 1 <= len(text.strip()) <= MAX_LABEL or not text.isprintable():
         raise _other("A label", f"1 to {MAX_LABEL} printable characters", ascii(text[:80]))
+    return text
+
+
+def command_line(text: str) -> str:
+    """Take a kernel command line."""
+    if not 1 <= len(text) <= MAX_COMMAND_LINE or not text.isprintable():
+        raise _other("A command line", f"1 to {MAX_COMMAND_LINE} printable characters", ascii(text[:80]))
     return text
 
 

@@ -10,7 +10,8 @@ import msgspec
 
 from kagimori_protocol.errors import OperatorError, UsageError
 from kagimori_verifier import ledger
-from kagimori_verifier.appraise.policy import GOVERNED_PCRS, Policy, check_policy, parse_policy
+from kagimori_verifier.appraise.command_line import GIVEN_UP
+from kagimori_verifier.appraise.policy import DOORS, GOVERNED_PCRS, Policy, check_policy, parse_policy
 from kagimori_verifier.cli import arguments
 from kagimori_verifier.cli.access import exists, now_s, reading, unknown, writing
 from kagimori_verifier.cli.files import read_file
@@ -94,10 +95,24 @@ def _register_add(profile: Verbs) -> None:
         ("--require-platform", arguments.platform_flag, "FLAG", "demand this PLATFORM_INFO flag"),
         ("--require-policy", arguments.guest_policy_flag, "FLAG", "demand this guest policy flag"),
         ("--extra-pcr", arguments.pcr, "N", "demand that this PCR is known, too"),
+        (
+            "--command-line",
+            arguments.command_line,
+            "TEXT",
+            "a kernel command line, for boots whose log has no text of it",
+        ),
     ):
         add.add_argument(
             option, action="append", default=[], type=kind, metavar=metavar, help=f"{about}; repeatable"
         )
+
+    add.add_argument(
+        "--accept-door",
+        action="append",
+        default=[],
+        choices=DOORS,
+        help="leave this door of the command line open; command-line: its text need not be known; repeatable",
+    )
 
 
 def _add(options: argparse.Namespace, output: Output) -> int:
@@ -121,6 +136,8 @@ def _add(options: argparse.Namespace, output: Output) -> int:
             guest_policy_required=options.require_policy,
             revocation=options.revocation,
             extra_pcrs=options.extra_pcr,
+            command_lines=options.command_line,
+            accepted_doors=list(dict.fromkeys(options.accept_door)),
         )
     )
     shown = msgspec.to_builtins(policy)
@@ -134,6 +151,7 @@ def _add(options: argparse.Namespace, output: Output) -> int:
     output.result(
         shown,
         f"added profile {options.name}",
+        *_told(policy),
         f"next: kagimori-verifier reference measurement add HEX --profile {options.name} ...",
     )
     return 0
@@ -173,7 +191,7 @@ def _edit(options: argparse.Namespace, output: Output) -> int:
         if not profiles.replace(txn, options.name, msgspec.json.encode(policy).decode()):
             raise unknown("profile", options.name, WHERE)
         _record(txn, "profile-changed", {"profile": options.name, "policy": shown})
-    output.result(shown, f"changed profile {options.name}")
+    output.result(shown, f"changed profile {options.name}", *_told(policy))
     return 0
 
 
@@ -195,6 +213,17 @@ def _remove(options: argparse.Namespace, output: Output) -> int:
         _record(txn, "profile-removed", {"profile": options.name})
     output.result({"removed": options.name}, f"removed profile {options.name}")
     return 0
+
+
+def _told(policy: Policy) -> list[str]:
+    """Say what a policy leaves open, and whom it will refuse for want of a text."""
+    told = [f"given up, {door}: {GIVEN_UP[door]}" for door in policy.accepted_doors]
+    if policy.boot_way != "grub" and not policy.command_lines and "command-line" not in policy.accepted_doors:
+        told.append(
+            f"no command line is known: the log of a boot by {policy.boot_way} has a digest of it alone, so a VM with a "
+            "vTPM gets no key before its text stands in command_lines"
+        )
+    return told
 
 
 def _checked(policy: Policy) -> Policy:

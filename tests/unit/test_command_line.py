@@ -1,0 +1,232 @@
+"""A command line without doors: which words close them, which open them, and whose text counts (THREATS T5)."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.boot.variants import INITRAMFS_TOOLS
+
+from kagimori_protocol.messages import Check
+from kagimori_simulator import measured_boot
+from kagimori_simulator.event_log import MeasuredBoot
+from kagimori_simulator.measured_boot import CMDLINE, Uki
+from kagimori_verifier.appraise.command_line import (
+    GIVEN_UP,
+    REQUIRED,
+    appraise_command_line,
+    digests,
+    doors,
+)
+from kagimori_verifier.appraise.policy import DOORS, Policy, TcbFloor, parse_policy
+from kagimori_verifier.trail import Trail
+from kagimori_verifier.verify import eventlog
+
+FLOOR = TcbFloor(boot_loader=4, tee=0, snp=24, microcode=219)
+CLOSED = "root=/dev/mapper/cryptroot ro " + " ".join(REQUIRED.values())
+
+
+def opened(text: str) -> list[str]:
+    """Name the doors that a command line leaves open."""
+    return [flaw.door for flaw in doors(text)]
+
+
+def judged(boot: MeasuredBoot, **policy: Any) -> Check:  # noqa: ANN401 - fields of a policy
+    """Judge the command line of a boot."""
+    log = eventlog.parse(boot.event_log())
+    events = eventlog.replay_to(log, {index: boot.pcr(index) for index in range(16)})
+    trail = Trail()
+    rules = Policy(**({"boot_way": boot.way, "tcb_floors": {"Milan": FLOOR}} | policy))
+    appraise_command_line(trail, events, rules)
+    (check,) = trail.checks
+    return check
+
+
+def test_the_words_of_kagimoris_own_configuration_close_every_door() -> None:
+    """What the package puts on a command line is what the check asks for."""
+    assert opened(CLOSED) == opened(CMDLINE) == []
+
+
+@pytest.mark.parametrize("door", REQUIRED)
+def test_without_its_word_a_door_is_open(door: Any) -> None:  # noqa: ANN401 - a Door
+    """And the flaw names the word."""
+    (flaw,) = doors(CLOSED.replace(REQUIRED[door], ""))
+    assert (flaw.door, flaw.expected, flaw.found) == (door, REQUIRED[door], f"no {REQUIRED[door]}")
+
+
+@pytest.mark.parametrize(
+    ("word", "door"),
+    [
+        ("systemd.import_credentials=yes", "credentials"),
+        ("systemd.import-credentials=1", "credentials"),
+        ("rd.systemd.import_credentials=yes", "credentials"),
+        ("systemd.import_credentials", "credentials"),
+        ("systemd.gpt_auto=on", "gpt-auto"),
+        ("rd.systemd.gpt_auto=1", "gpt-auto"),
+        ("rd.shell=1", "rescue-shell"),
+        ("rd.shell", "rescue-shell"),
+        ("rd.emergency=shell", "emergency"),
+        ("panic=", "panic"),
+        ("panic=never", "panic"),
+        ("break", "break"),
+        ("break=premount", "break"),
+        ("rd.break", "break"),
+        ("rd.break=pre-mount", "break"),
+        ("init=/bin/sh", "init"),
+        ('"init=/bin/sh"', "init"),
+        ("rdinit=/bin/sh", "init"),
+        ("systemd.debug_shell", "debug-shell"),
+        ("systemd.debug-shell=ttyS0", "debug-shell"),
+        ("rd.systemd.debug_shell=1", "debug-shell"),
+        ("systemd.unit=rescue.target", "units"),
+        ("rd.systemd.unit=emergency.target", "units"),
+        ("systemd.wants=debug-shell.service", "units"),
+        ("rd.systemd.mask=kagimori-cap.service", "units"),
+        ("systemd.mask=kagimori-confirm.service", "units"),
+        ("systemd.run=/bin/sh", "units"),
+        ("single", "units"),
+        ("1", "units"),
+        ("-b", "units"),
+        ("emergency", "units"),
+        ("crashkernel=256M", "crash-dump"),
+    ],
+)
+def test_a_word_that_opens_a_door_is_named(word: str, door: str) -> None:
+    """Before the words that close them and after: whichever counts for whom, both must be good."""
+    for text in (f"{word} {CLOSED}", f"{CLOSED} {word}", f"{CLOSED} -- {word}"):
+        assert opened(text) == [door]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("init=/sbin/init", "init=/usr/lib/systemd/systemd", "systemd.unit=multi-user.target"),
+        *("rd.systemd.unit=initrd.target", "panic=30", "rd.emergency=reboot", "systemd.gpt_auto=no", "quiet"),
+        *("console=ttyS0,115200", "breakfast=yes", "rd.luks.name=uuid=cryptroot", "kagimori.debug"),
+    ],
+)
+def test_a_harmless_word_opens_nothing(word: str) -> None:
+    """Other names that begin alike, and values that are the ordinary ones."""
+    assert opened(f"{CLOSED} {word}") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CLOSED.replace("noresume", 'x="a noresume b"'),
+        CLOSED.replace("noresume", "x='a noresume b'"),
+        CLOSED.replace("noresume", '"noresume"'),
+        CLOSED.replace("noresume", "") + " -- noresume",
+        CLOSED.replace("noresume", "noresume\\"),
+        CLOSED.replace("noresume", "noresume=1"),
+        CLOSED.replace("noresume", "resume"),
+    ],
+)
+def test_a_word_that_may_be_read_another_way_closes_nothing(text: str) -> None:
+    """In quotes, behind a --, or beside a backslash: kernel, systemd and dracut take these apart differently."""
+    assert opened(text) == ["resume"]
+
+
+@given(st.text(max_size=80), st.sampled_from(sorted(REQUIRED)))
+def test_whatever_else_is_there_a_missing_word_is_found(noise: str, door: Any) -> None:  # noqa: ANN401 - a Door
+    """No text beside it takes the place of a word that is not there, unless it is that word."""
+    key = REQUIRED[door].partition("=")[0].rpartition(".")[2].replace("_", "")
+    if key in noise.replace("_", "").replace("-", ""):
+        return
+    assert door in opened(f"{noise} {CLOSED.replace(REQUIRED[door], '')}")
+
+
+BOOTS = {
+    "grub": measured_boot.grub(),
+    "uki": measured_boot.uki(),
+    "direct": measured_boot.direct(),
+}
+
+
+@pytest.mark.parametrize("way", BOOTS)
+def test_a_boot_without_doors_holds_where_its_text_is_known(way: str) -> None:
+    """Of GRUB's log, or out of the profile, by the digest that the kernel's stub measured."""
+    assert judged(BOOTS[way], command_lines=["another", CMDLINE]).ok
+    assert judged(BOOTS[way]).ok == (way == "grub")
+
+
+@pytest.mark.parametrize("way", ["uki", "direct"])
+def test_a_text_that_nobody_has_stated_is_a_door_of_its_own(way: str) -> None:
+    """Unknown means no, unless the owner accepts that nobody has looked."""
+    for lines in ([], ["root=/dev/vda ro"]):
+        check = judged(BOOTS[way], command_lines=lines)
+        assert not check.ok
+        assert check.expected == "command-line: a command line whose text is known (command_lines)"
+    assert judged(BOOTS[way], accepted_doors=["command-line"]).ok
+
+
+def test_a_stated_text_is_judged_like_any_other() -> None:
+    """Nor does it help to state a good one beside the one that was booted."""
+    text = "root=/dev/mapper/cryptroot ro rd.break"
+    boot = measured_boot.direct(cmdline=text)
+    check = judged(boot, command_lines=[CMDLINE, text])
+    assert not check.ok
+    assert "break: rd.break" in check.found
+    assert "credentials: no systemd.import_credentials=no" in check.found
+    assert not judged(boot, command_lines=[CMDLINE]).ok
+
+
+def test_every_command_line_of_grubs_log_counts() -> None:
+    """The text is taken from what was hashed; a label is not."""
+    bad = measured_boot.grub(cmdline=f"{CMDLINE} init=/bin/sh")
+    check = judged(bad)
+    assert (check.ok, check.found) == (False, "init: init=/bin/sh")
+    none = judged(measured_boot.grub(), boot_way="grub", accepted_doors=[])
+    assert none.ok
+    trail = Trail()
+    appraise_command_line(trail, {}, Policy(boot_way="grub", tcb_floors={"Milan": FLOOR}))
+    assert [check.ok for check in trail.checks] == [False]
+
+
+def test_doors_are_accepted_by_name() -> None:
+    """And all others must be closed still."""
+    boot = measured_boot.grub(cmdline=CMDLINE.replace("noresume", "").replace("panic=-1", ""))
+    assert judged(boot).found == "resume: no noresume; panic: no panic=-1"
+    assert judged(boot, accepted_doors=["resume"]).found == "panic: no panic=-1"
+    check = judged(boot, accepted_doors=["resume", "panic"])
+    assert (check.ok, check.expected) == (True, "no door, but for resume, panic")
+
+
+def test_a_digest_is_that_of_the_kernels_stub() -> None:
+    """UTF-16, as a UEFI program gets it, with its final NUL or without; QEMU adds a word of its own."""
+    assert hashlib.sha256("ro initrd=initrd\0".encode("utf-16-le")).digest() in digests("ro")
+    assert hashlib.sha256("ro".encode("utf-16-le")).digest() in digests("ro")
+    assert judged(measured_boot.uki(image=Uki(cmdline=CLOSED)), command_lines=[CLOSED]).ok
+
+
+def test_every_door_says_what_is_given_up() -> None:
+    """Whoever accepts one reads it; nothing else can be accepted."""
+    assert set(GIVEN_UP) == set(DOORS)
+    with pytest.raises(Exception, match="accepted_doors") as caught:
+        parse_policy(
+            msgspec.json.encode(
+                {
+                    "boot_way": "uki",
+                    "tcb_floors": {"Milan": msgspec.to_builtins(FLOOR)},
+                    "accepted_doors": ["all"],
+                }
+            )
+        )
+    assert getattr(caught.value, "code", "") == "policy.invalid"
+
+
+def test_what_the_package_sets_is_what_is_demanded() -> None:
+    """For GRUB, for whoever makes a command line another way, and in the images of the boot tests."""
+    room = Path(__file__).parent.parent.parent / "initramfs-tools-hook/command-line"
+    words = (room / "words").read_text().strip()
+    assert sorted(words.split()) == sorted(REQUIRED.values())
+    script = f'GRUB_CMDLINE_LINUX=quiet\n. {room / "kagimori.cfg"}\nprintf %s "$GRUB_CMDLINE_LINUX"'
+    done = subprocess.run(["sh", "-ec", script], check=True, capture_output=True, text=True)
+    assert done.stdout == f"quiet {words}"
+    assert opened(done.stdout) == opened(INITRAMFS_TOOLS.cmdline) == []

@@ -1,0 +1,166 @@
+"""A command line without doors: what it must say, and must not, so that an attested boot takes nothing from the host.
+
+A command line is measured, so no host changes it; but one that its owner has accepted may still leave doors open that no
+PCR shows: credentials from SMBIOS, an image to resume, a shell on a console. Each door has a name, and a policy accepts by
+name those that its owner leaves open.
+
+The text itself is in the log only where GRUB boots (PCR 8). The kernel's own event (PCR 9) has a digest of it, so for the
+other boot ways the owner states the text in the policy, and the digest tells which one was booted (THREATS T5).
+
+Sources: Linux, Documentation/admin-guide/kernel-parameters; kernel-command-line(7), systemd-system-credentials(7);
+dracut.cmdline(7); initramfs-tools(7); FORMATS section 8 for how the kernel's EFI stub measures its load options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from kagimori_verifier.verify import eventlog_measured
+
+if TYPE_CHECKING:
+    from kagimori_verifier.appraise.policy import Door, Policy
+    from kagimori_verifier.trail import Trail
+    from kagimori_verifier.verify.eventlog import Event
+
+LOAD_OPTIONS_PCR: Final = 9
+QEMUS_OWN: Final = " initrd=initrd"
+"""What QEMU adds to a command line that it hands over itself (boot way ``direct``)."""
+
+REQUIRED: Final[dict[Door, str]] = {
+    "credentials": "systemd.import_credentials=no",
+    "resume": "noresume",
+    "gpt-auto": "systemd.gpt_auto=0",
+    "rescue-shell": "rd.shell=0",
+    "emergency": "rd.emergency=poweroff",
+    "panic": "panic=-1",
+}
+"""The word that closes each of these doors, as Kagimori's own configuration sets it."""
+
+GIVEN_UP: Final[dict[Door, str]] = {
+    "credentials": "the host's SMBIOS and fw_cfg write files, add users and set passwords in the guest",
+    "resume": "a disk of the host's may hold a hibernated system that takes the place of the attested one",
+    "gpt-auto": "partitions of any disk are mounted and swapped to by their type",
+    "rescue-shell": "a dracut that fails gives a root shell on the host's console",
+    "emergency": "a dracut that fails waits there for whoever has the console",
+    "panic": "an initramfs-tools that fails gives a root shell on the host's console",
+    "break": "the boot stops in a root shell on the host's console",
+    "init": "something else than systemd becomes the system",
+    "debug-shell": "a root shell waits on the host's console",
+    "units": "the booted system is not the one that its root configures",
+    "crash-dump": "a host that makes the kernel crash has its memory written down by another",
+    "command-line": "what is booted may leave any door open: nobody has looked",
+}
+"""What an owner gives up who accepts a door."""
+
+_NO: Final = r"(?i:0|no|n|false|f|off)"
+_CLOSES: Final[dict[Door, tuple[str, str]]] = {
+    "credentials": ("systemd.import_credentials", _NO),
+    "resume": ("noresume", ""),
+    "gpt-auto": ("systemd.gpt_auto", _NO),
+    "rescue-shell": ("rd.shell", r"0|no|off"),
+    "emergency": ("rd.emergency", r"poweroff|reboot|halt"),
+    # With a number, initramfs-tools gives no shell.
+    "panic": ("panic", r"-1|\d+"),
+}
+"""The key of each word, and which of its values close the door; every one that is there must."""
+
+_OPENS: Final[dict[Door, tuple[tuple[str, str], ...]]] = {
+    "break": (("break", ""), ("rd.break", "")),
+    "init": (("init", r"/sbin/init|(?:/usr)?/lib/systemd/systemd"), ("rdinit", "")),
+    "debug-shell": (("systemd.debug_shell", ""), ("rd.systemd.debug_shell", "")),
+    "units": (
+        *(
+            ("systemd.unit", r"(?:multi-user|graphical|default)\.target"),
+            ("rd.systemd.unit", r"initrd\.target"),
+        ),
+        *((f"{prefix}systemd.{word}", "") for prefix in ("", "rd.") for word in ("wants", "mask", "run")),
+        *((word, "") for word in ("emergency", "rescue", "single", "s", "S", "1", "_b", "rd.rescue")),
+    ),
+    "crash-dump": (("crashkernel", ""),),
+}
+"""Keys that open a door, and the values with which they do not."""
+
+
+class Flaw(NamedTuple):
+    """A door that is open: its name, what would close it, and what was found."""
+
+    door: Door
+    expected: str
+    found: str
+
+
+def appraise_command_line(trail: Trail, events: Mapping[int, Sequence[Event]], policy: Policy) -> None:
+    """Note whether every command line that was booted is known, and without doors but those that the policy accepts."""
+    texts = list(dict.fromkeys(_booted(events, policy)))
+    flaws = [flaw for text in texts for flaw in doors(text)]
+    if not texts:
+        told = "no text of the profile's has the digest that was measured" if policy.command_lines else "none"
+        flaws = [Flaw("command-line", "a command line whose text is known (command_lines)", told)]
+    counted = [flaw for flaw in flaws if flaw.door not in policy.accepted_doors]
+    accepted = f", but for {', '.join(policy.accepted_doors)}" if policy.accepted_doors else ""
+    trail.note(
+        "cmdline.doors",
+        not counted,
+        expected="; ".join(f"{flaw.door}: {flaw.expected}" for flaw in counted) or f"no door{accepted}",
+        found="; ".join(f"{flaw.door}: {flaw.found}" for flaw in counted) or "none that is open",
+    )
+
+
+def doors(text: str) -> list[Flaw]:
+    """List the doors that a command line leaves open."""
+    words = list(_words(text))
+    found: list[Flaw] = []
+    for door, (key, closing) in _CLOSES.items():
+        said = [(word, value, plain) for word, name, value, plain in words if name in {key, f"rd.{key}"}]
+        wrong = [word for word, value, _ in said if not re.fullmatch(closing, value)]
+        if wrong or not any(plain for _, _, plain in said):
+            found.append(Flaw(door, REQUIRED[door], wrong[0] if wrong else f"no {REQUIRED[door]}"))
+    for door, keys in _OPENS.items():
+        for key, harmless in keys:
+            for word, name, value, _ in words:
+                if name == key and not (harmless and re.fullmatch(harmless, value)):
+                    found.append(Flaw(door, f"no {key.replace('_b', '-b')}", word))
+    return found
+
+
+def digests(text: str) -> frozenset[bytes]:
+    """Give every SHA-256 digest by which a kernel's event may tell of this command line."""
+    encoded = [whole.encode("utf-16-le") for whole in (text, text + QEMUS_OWN)]
+    return frozenset(hashlib.sha256(raw + end).digest() for raw in encoded for end in (b"", b"\0\0"))
+
+
+def _booted(events: Mapping[int, Sequence[Event]], policy: Policy) -> Iterator[str]:
+    """Give the texts of what was booted, as far as their digests prove them."""
+    if policy.boot_way == "grub":
+        for event in events.get(eventlog_measured.GRUB_TEXT_PCR, ()):
+            measured = eventlog_measured.measured_part(event)
+            # Commands are measured the same way and could pass as command lines, but not one as another that is there:
+            # the value of the PCR is the owner's.
+            if measured is not None and event.data.startswith((b"kernel_cmdline: ", b"grub_kernel_cmdline ")):
+                yield measured.part.rstrip(b"\0").decode("utf-8", errors="replace")
+        return
+    measured_digests = {event.digest() for event in events.get(LOAD_OPTIONS_PCR, ())}
+    yield from (text for text in policy.command_lines if digests(text) & measured_digests)
+
+
+def _words(text: str) -> Iterator[tuple[str, str, str, bool]]:
+    """Give each word, its key and value, and whether it surely is a word of its own.
+
+    Who reads a command line takes quotes its own way, and the kernel leaves to init what follows a ``--``: a word in
+    either may open a door and closes none. A dash in a key is an underscore (parse_args of the kernel, systemd).
+    """
+    quote = ""
+    outside = True
+    for word in text.split():
+        plain = not quote and outside
+        for character in word:
+            if character in {'"', "'"} and quote in {"", character}:
+                quote = "" if quote else character
+        if word == "--":
+            outside = False
+        bare = word.strip("\"'")
+        key, _, value = bare.partition("=")
+        yield word, key.replace("-", "_"), value, plain and bare == word and "\\" not in word
