@@ -48,6 +48,8 @@ class Network:
     """How often the server gets each request; its client gets the first reply."""
     replies: list[tuple[str, bytes]] = field(default_factory=list)
     """What the server replied to what, whether or not its client got it."""
+    made: threading.Event = field(default_factory=threading.Event)
+    """Set when a cut has been made."""
     _end: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -96,6 +98,8 @@ class Network:
                         self._replied(name, again)
                 with contextlib.suppress(OSError):  # nobody waits any more
                     client.sendall(reply if cut is None else cut.part("reply", reply))
+            if cut is not None:
+                self.made.set()
             if cut is not None and cut.manner == "silence":
                 with contextlib.suppress(OSError):
                     client.recv(BUFFER)  # until the agent hangs up
