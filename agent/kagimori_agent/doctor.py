@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from kagimori_agent import cmdline, luks
 from kagimori_agent import config as configuration
-from kagimori_agent.devices import doors
+from kagimori_agent.devices import device_class, doors
 from kagimori_agent.devices.tpm_places import Place, by_driver, read_event_log
 from kagimori_protocol.errors import ImageError, KagimoriError, NetworkError
 
@@ -95,6 +95,7 @@ def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
             look(f"kernel option {option}", _kernel_option, root, option, since, purpose)
     look("report door", _report_door, config)
     if config.kind == "svsm-vtpm":
+        look("SVSM services", _services, config)
         look("vTPM", _tpm_name, config, root)
         look("event log", _event_log, config, root)
     look("cryptsetup", lambda: str(luks.cryptsetup()))
@@ -129,18 +130,20 @@ def _kernel_option(root: Path, option: str, since: str, purpose: str) -> str:
     if setting in {"y", "m"}:
         return "built in" if setting == "y" else "a module"
     if setting is None and not _kernel_config(root):
-        return "unknown: this kernel keeps no configuration in /proc/config.gz or /boot"
+        return "unknown: this kernel keeps no configuration in /proc/config.gz, /boot or /usr/lib/modules"
     raise ImageError(
         f"This kernel lacks {purpose}.",
         code="doctor.kernel-option",
         expected=f"{option}=y or =m (Linux {since} or newer)",
         found=f"not set in Linux {os.uname().release}",
-        todo=f"Boot a kernel that has it, Linux {since} or newer.",
+        todo=f"Boot a kernel that has it, Linux {since} or newer (docs/kernels.md says which do).",
     )
 
 
 def _kernel_config(root: Path) -> dict[str, str]:
-    for path in (root / "proc/config.gz", root / f"boot/config-{os.uname().release}"):
+    release = os.uname().release
+    kept = ("proc/config.gz", f"boot/config-{release}", f"usr/lib/modules/{release}/config")
+    for path in (root / place for place in kept):
         try:
             raw = path.read_bytes()
         except OSError:
@@ -171,6 +174,11 @@ def _report_door(config: Config) -> str:
         found="; ".join([there, *(f"but {name} is there" for name in found)]),
         todo="modprobe sev-guest, where this is an SEV-SNP guest; else: mount -t configfs configfs /sys/kernel/config",
     )
+
+
+def _services(config: Config) -> str:
+    tsm = device_class(doors.CONFIGFS_TSM)(config.tsm.root)
+    return f"provider {tsm.look_for_services()} attests them (Linux 6.11 or newer)"
 
 
 def _tpm(config: Config, root: Path) -> Place:

@@ -92,6 +92,19 @@ class ConfigfsTsm:
 
         return self._ask(ask)
 
+    def look_for_services(self) -> str:
+        """Give the provider's name, once it is seen that an SVSM's services can be asked; asks for no report.
+
+        Raises ImageError without an SVSM or before Linux 6.11; otherwise as ``plain_report``.
+        """
+
+        def look(entry: Entry) -> str:
+            provider = entry.provider()
+            entry.require_service_attributes()
+            return provider
+
+        return self._ask(look)
+
     def service_report(
         self, nonce: bytes, service_guid: uuid.UUID | str, manifest_version: int = 0
     ) -> ServiceReport:
