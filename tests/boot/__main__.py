@@ -132,7 +132,7 @@ class _Teller:
         print(f"[{time.monotonic() - self._began:5.0f} s] {text}", flush=True)
 
     def line(self, text: str) -> None:
-        print(f"          {text}", flush=True)
+        print(f"          {text}"[: shutil.get_terminal_size().columns], flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in boots]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Bear with emulated machines, and with building them: each wait has a limit of its own, and shows the console's end."""
+    faulthandler.cancel_dump_traceback_later()
+
+
 @pytest.fixture(scope="session")
 def _can_boot() -> None:
     missing = [
@@ -37,8 +43,6 @@ def _can_boot() -> None:
     missing += [str(path) for path in firmware if not path.exists()]
     if os.geteuid() != 0:
         missing.append("root's rights")
-    # Building takes longer than a test of another kind may (faulthandler_timeout); each step has a limit of its own.
-    faulthandler.cancel_dump_traceback_later()
     if missing:
         explanation = f"machines cannot be booted here without {', '.join(missing)}"
         if IN_CI:
@@ -76,12 +80,6 @@ def accepted(first_boot: tuple[Site, list[str]]) -> Site:
     site, lines = first_boot
     site.verifier("reference", "accept", session_in(lines), "--yes", "--label", "first boot")
     return site
-
-
-@pytest.fixture(autouse=True)
-def _patience() -> None:
-    """Bear with an emulated machine: each wait for it has a limit of its own, and shows the console's end."""
-    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
