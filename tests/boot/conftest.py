@@ -5,15 +5,17 @@ from __future__ import annotations
 import faulthandler
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.boot import estate as estates
 from tests.boot.cache import Cache
 from tests.boot.estate import BOOT_S, Estate, Site, session_in
-from tests.boot.machine import CODE, PROGRAMS, SECURE_BOOT, VARS
+from tests.boot.machine import CODE, PHASES, PROGRAMS, SECURE_BOOT, SWITCHED_ON, VARS
 from tests.boot.variants import INITRAMFS_TOOLS, ROOT, Variant
 
+PHASES_OF = "boot phases"
 IN_CI = os.environ.get("CI") == "true"
 
 
@@ -30,6 +32,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup() -> None:
     """Bear with emulated machines, and with building them: each wait has a limit of its own, and shows the console's end."""
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def _timed(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    """Keep when each phase of a boot that reached its root began."""
+    SWITCHED_ON.clear()
+    yield
+    for machine in SWITCHED_ON:
+        phases = machine.phases()
+        if "root" in phases:
+            record_property(PHASES_OF, phases)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell the boot times as docs/performance.md has them."""
+    names = [name for name, _ in PHASES]
+    rows = [
+        f"| {report.nodeid.partition('::')[2]} | {' | '.join(str(phases.get(name, '')) for name in names)} |"
+        for report in terminalreporter.getreports("")
+        if report.when == "teardown"
+        for key, phases in report.user_properties
+        if key == PHASES_OF
+    ]
+    if rows:
+        terminalreporter.section("seconds from power on to each phase, of boots that reached their root")
+        terminalreporter.line(f"| boot | {' | '.join(names)} |")
+        terminalreporter.line("|---" * (len(names) + 1) + "|")
+        for row in sorted(rows):
+            terminalreporter.line(row)
 
 
 @pytest.fixture(scope="session")

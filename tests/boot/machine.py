@@ -36,6 +36,9 @@ PHASES: Final = (
 )
 """What a boot passes through, by the first console line of each; before the first of them runs the firmware."""
 
+SWITCHED_ON: Final[list[Machine]] = []
+"""The machines of a test, for whoever wants to know how long they took."""
+
 _STOP_S: Final = 10
 _TPM_READY_S: Final = 10
 _POLL_S: Final = 0.05
@@ -288,6 +291,7 @@ def switch_on(
         with (directory / "qemu.log").open("wb") as errors:
             qemu = _spawn(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
         machine = Machine(directory, qemu, port_file)
+        SWITCHED_ON.append(machine)
         machine.connect_verifier(verifier)
         reader = threading.Thread(target=machine._read, daemon=True)
         reader.start()
