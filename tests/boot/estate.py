@@ -41,6 +41,7 @@ class Estate:
     initramfs: Path
     volume: Path
     verifier: Path
+    agent_toml: str
 
 
 def build(cache: Cache, variant: Variant, kind: str = "svsm-vtpm", measurement: str = MEASUREMENT) -> Estate:
@@ -48,8 +49,10 @@ def build(cache: Cache, variant: Variant, kind: str = "svsm-vtpm", measurement: 
     return of(cache, images.build(cache, variant), kind, measurement)
 
 
-def of(cache: Cache, built: Images, kind: str = "svsm-vtpm", measurement: str = MEASUREMENT) -> Estate:
-    """Give the estate of these images, as ``build`` does."""
+def of(
+    cache: Cache, built: Images, kind: str = "svsm-vtpm", measurement: str = MEASUREMENT, limits: str = LIMITS
+) -> Estate:
+    """Give the estate of these images, as ``build`` does; ``limits`` end its agent.toml."""
     rooms = [ROOT / name for name in ("verifier", "protocol", "pyproject.toml")]
     made_from = [built.volume.parent.name, built.amd_root.parent.name, *rooms, Path(__file__)]
     owner = cache.get(
@@ -57,9 +60,9 @@ def of(cache: Cache, built: Images, kind: str = "svsm-vtpm", measurement: str = 
         [*made_from, measurement, built.variant.cmdline],
         lambda to: _build_owner(to, built, kind, measurement),
     )
-    agent_toml = (owner / "agent.toml").read_text(encoding="utf-8")
+    agent_toml = (owner / "agent.toml").read_text(encoding="utf-8") + limits
     initramfs = images.build_initramfs(cache, built, agent_toml)
-    return Estate(built, initramfs, owner / "disk.img", owner / "verifier")
+    return Estate(built, initramfs, owner / "disk.img", owner / "verifier", agent_toml)
 
 
 def _build_owner(to: Path, built: Images, kind: str, measurement: str) -> None:
@@ -94,7 +97,7 @@ def _build_owner(to: Path, built: Images, kind: str, measurement: str) -> None:
     )
     # The TPM that QEMU gives a machine stands for the SVSM's, whose driver Debian's kernels do not have.
     text = owner("vm", "config", VM).stdout.replace('driver = "tpm_svsm"', 'driver = "tpm_crb"')
-    (to / "agent.toml").write_text(text + LIMITS, encoding="utf-8")
+    (to / "agent.toml").write_text(text, encoding="utf-8")
 
 
 @dataclass

@@ -70,7 +70,7 @@ def played(site: Site, verifier: str | None, scene: Scene) -> Iterator[Machine]:
     scripts = {
         "scene": scene.meanwhile,
         "booted": scene.booted,
-        "toml": (site.estate.verifier.parent / "agent.toml").read_text(encoding="utf-8"),
+        "toml": site.estate.agent_toml,
     }
     for serial, text in scripts.items():
         if text:

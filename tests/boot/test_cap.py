@@ -118,8 +118,10 @@ def test_a_machine_without_its_tpm_ends(site: Site) -> None:
 @pytest.fixture
 def with_a_shell(site: Site) -> Site:
     """Give the site of an owner whose agent.toml wants a shell on failure, after little patience."""
-    toml = (site.estate.verifier.parent / "agent.toml").read_text(encoding="utf-8")
-    toml = re.sub(r"boot_budget_s = \d+", "boot_budget_s = 45", toml) + '\n[boot]\non_failure = "shell"\n'
+    toml = (
+        re.sub(r"boot_budget_s = \d+", "boot_budget_s = 45", site.estate.agent_toml)
+        + '\n[boot]\non_failure = "shell"\n'
+    )
     initramfs = images.build_initramfs(Cache(ROOT / ".dev" / "boot"), site.estate.images, toml)
     return Site(replace(site.estate, initramfs=initramfs), site.directory)
 

@@ -68,6 +68,7 @@ class DiskSite(Site):
             disks=[
                 machine.Disk(self.estate.volume, "root"),
                 machine.Disk(self.estate.images.hardware, "snp"),
+                *([machine.Disk(self.world, "world")] if self.world else []),
             ],
             verifier=verifier,
             firmware=firmware,
@@ -90,11 +91,16 @@ class DiskSite(Site):
 
 
 def first_boot(
-    estate: Estate, directory: Path, boot_way: str, disk: Path, firmware: machine.Firmware
+    estate: Estate,
+    directory: Path,
+    boot_way: str,
+    disk: Path,
+    firmware: machine.Firmware,
+    world: Path | None = None,
 ) -> tuple[DiskSite, list[str]]:
     """Boot once from a disk that nobody has accepted, and accept it; gives the owner's site, and what the console said."""
     shutil.copytree(estate.verifier, directory / "verifier")
-    site = DiskSite(estate, directory)
+    site = DiskSite(estate, directory, world)
     site.with_boot_way(boot_way)
     with site.serving() as served, site.booted_from(disk, served.url, firmware) as vm:
         vm.wait_off(FROM_DISK_S)
@@ -107,7 +113,7 @@ def first_boot(
 def copied(known: DiskSite, directory: Path) -> DiskSite:
     """Give a site of its own to one test."""
     shutil.copytree(known.directory / "verifier", directory / "verifier")
-    return DiskSite(known.estate, directory)
+    return DiskSite(known.estate, directory, known.world)
 
 
 def signed_programs(cache: Cache) -> Path:
