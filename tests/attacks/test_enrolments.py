@@ -217,6 +217,24 @@ def test_what_a_boot_that_nothing_explains_has_enrolled_waits_for_the_owner(
     assert later.keys(later.send(later.evidence(later.hello(volumes=[NEW])))) == {NEW: key}
 
 
+def test_a_command_line_with_doors_makes_the_volume_wait(prey: Prey, code: Callable[..., EnrolCode]) -> None:
+    """What a host could reach before the enrolment is told to the owner, not taken for known."""
+    prey.office.change_policy("grub", command_lines=[], accepted_doors=[])
+    with Vtpm.start(prey.office.directory / "open") as vtpm:
+        vtpm.play(measured_boot.grub(cmdline="root=/dev/mapper/cryptroot ro"))
+        opened = Prey(prey.office, prey.machine, type(prey.monitor)(prey.machine, vtpm), vtpm)
+        with opened.stack:
+            attacker = opened.attacker()
+            told, payload = enrolled(attacker, code())
+            assert attacker.send_confirm(attacker.confirm(told, payload)) == "opened"
+    assert states(prey.office)[NEW] == "waiting"
+    (check,) = (
+        one for one in prey.office.ledger(told.session)[0].body["checks"] if one["id"] == "cmdline.doors"
+    )
+    assert check["ok"]
+    assert "resume" in check["found"]
+
+
 def test_keys_that_were_not_added_are_dropped(prey: Prey, code: Callable[..., EnrolCode]) -> None:
     """``failed`` takes them back, and nothing brings them back after that."""
     attacker = prey.attacker()

@@ -43,7 +43,7 @@ def judged(boot: MeasuredBoot, **policy: Any) -> Check:  # noqa: ANN401 - fields
     events = eventlog.replay_to(log, {index: boot.pcr(index) for index in range(16)})
     trail = Trail()
     rules = Policy(**({"boot_way": boot.way, "tcb_floors": {"Milan": FLOOR}} | policy))
-    appraise_command_line(trail, events, rules)
+    appraise_command_line(trail, "unlock", events, rules)
     (check,) = trail.checks
     return check
 
@@ -185,7 +185,7 @@ def test_every_command_line_of_grubs_log_counts() -> None:
     none = judged(measured_boot.grub(), boot_way="grub", accepted_doors=[])
     assert none.ok
     trail = Trail()
-    appraise_command_line(trail, {}, Policy(boot_way="grub", tcb_floors={"Milan": FLOOR}))
+    appraise_command_line(trail, "unlock", {}, Policy(boot_way="grub", tcb_floors={"Milan": FLOOR}))
     assert [check.ok for check in trail.checks] == [False]
 
 

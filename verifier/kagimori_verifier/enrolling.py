@@ -127,7 +127,7 @@ def keep_new_keys(
             txn,
             VolumeRow(vm_id, uuid, STAGED, wrapped_new(uuid, version), version, FIRST_EPOCH, label, now_s),
         )
-        enrolments.add(txn, EnrolledRow(vm_id, uuid, version, "unknown", session, not judgement.unexplained))
+        enrolments.add(txn, EnrolledRow(vm_id, uuid, version, "unknown", session, judgement.explained))
 
 
 def keys_of(txn: Txn, vm_id: str, session: str) -> dict[str, VolumeRow]:

@@ -104,7 +104,8 @@ class EndorsementSource(Protocol):
 class Judgement:
     """Authentic evidence, judged. ``binding`` is TH; the answer is bound to it.
 
-    ``signed_by`` is the verifier's public key that the agent believed its challenge by. ``unexplained`` are the governed PCRs that no reference value explains; ``enrol_proof`` is held against ``t0``.
+    ``signed_by`` is the verifier's public key that the agent believed its challenge by; ``explained`` tells whether the boot
+    is a known one, without which only ``enrol`` gets anything; ``enrol_proof`` is held against ``t0``.
     """
 
     evidence_sha256: bytes
@@ -116,7 +117,7 @@ class Judgement:
     binding: bytes
     decision: Allow | Deny
     expires_s: int
-    unexplained: frozenset[int]
+    explained: bool
     t0: bytes
     enrol_proof: bytes | None
 
@@ -184,7 +185,7 @@ class Pipeline:
         claims = Claims(hello=hello, snp=snp, measurement=measurement, vtpm=boot)
         # from here on the evidence is authentic; all further reasons are gathered and told together
         # 9 acceptable to the owner
-        unexplained = appraise(trail, claims, vm.references, datetime.fromtimestamp(now_s, UTC))
+        explained = appraise(trail, claims, vm.references, datetime.fromtimestamp(now_s, UTC))
         appraise_volumes(trail, hello.volumes, vm.others, vm.provenance)
         return Judgement(
             evidence_sha256=hashlib.sha256(body).digest(),
@@ -196,7 +197,7 @@ class Pipeline:
             binding=transcript.answer_binding(t0, messages.encode(own.challenge), body),
             decision=decide(measurement.kind, trail.checks),
             expires_s=own.session.issued + self._session_s,
-            unexplained=unexplained,
+            explained=explained,
             t0=t0,
             enrol_proof=None if evidence.enrol_proof is UNSET else evidence.enrol_proof,
         )

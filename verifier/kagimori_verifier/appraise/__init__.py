@@ -22,17 +22,15 @@ if TYPE_CHECKING:
     from kagimori_verifier.trail import Trail
 
 
-def appraise(trail: Trail, claims: Claims, references: References, now: datetime) -> frozenset[int]:
+def appraise(trail: Trail, claims: Claims, references: References, now: datetime) -> bool:
     """Note every rule of the VM's policy on the trail, those that hold and those that do not.
 
-    Returns the governed PCRs that no reference value explains.
+    Tells whether what was booted is explained by reference values and closes its doors; only ``enrol`` may do without.
     """
     appraise_endorsement(trail, claims.snp, references.policy, now)
     appraise_snp(trail, claims.snp, references)
-    unexplained: frozenset[int] = frozenset()
-    if claims.vtpm is not None:
-        unexplained = appraise_boot(
-            trail, claims.hello.purpose, claims.vtpm.pcrs, claims.vtpm.logged.events, references
-        )
-        appraise_command_line(trail, claims.vtpm.logged.events, references.policy)
-    return unexplained
+    if claims.vtpm is None:
+        return True
+    purpose, events = claims.hello.purpose, claims.vtpm.logged.events
+    explained = appraise_boot(trail, purpose, claims.vtpm.pcrs, events, references)
+    return appraise_command_line(trail, purpose, events, references.policy) and explained

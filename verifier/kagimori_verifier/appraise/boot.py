@@ -23,25 +23,26 @@ def appraise_boot(
     pcrs: Mapping[int, bytes],
     events: Mapping[int, Sequence[Event]],
     references: References,
-) -> frozenset[int]:
+) -> bool:
     """Note each governed PCR against the closest boot state of the VM and of its profile, then the cap.
 
     PCR values must have been seen together: one state of the VM and one of its profile have to explain all of
     them. Where both know a PCR, the VM's word counts; for one that covers an initramfs or a command line, nothing else
     does, or a VM could boot as another of its profile. Only ``unlock`` needs the cap off; other purposes report its
-    state. ``enrol`` asks for no state that is known: what it finds is told, and returned as the PCRs that nothing explains.
+    state. ``enrol`` asks for no state that is known: what it finds is told, and
+    whether all of it is explained is returned.
     """
     policy = references.policy
     owned = VM_OWNED_PCRS[policy.boot_way]
     profile_state = _closest(references.profile_states, pcrs)
     vm_state = _closest(references.vm_states, pcrs)
-    unexplained = set()
+    explained = True
     for index in policy.governed_pcrs:
         owner, reference = _reference(index, None if index in owned else profile_state, vm_state)
         value = pcrs.get(index)
-        if reference is None or value != reference.digest:
-            unexplained.add(index)
-        if purpose == "enrol" and index in unexplained:
+        known = reference is not None and value == reference.digest
+        explained = explained and known
+        if purpose == "enrol" and not known:
             told = f"{_hex(value)}: not explained"
             trail.note(f"pcr.{index}", value is not None, expected="any value (enrol)", found=told)
         else:
@@ -55,7 +56,7 @@ def appraise_boot(
         else f"PCR {policy.cap_pcr} in any state ({purpose})",
         found="zero" if cap == ZERO else f"{_hex(cap)}: capped",
     )
-    return frozenset(unexplained)
+    return explained
 
 
 def _closest(states: Sequence[BootState], pcrs: Mapping[int, bytes]) -> BootState | None:

@@ -92,8 +92,13 @@ class Flaw(NamedTuple):
     found: str
 
 
-def appraise_command_line(trail: Trail, events: Mapping[int, Sequence[Event]], policy: Policy) -> None:
-    """Note whether every command line that was booted is known, and without doors but those that the policy accepts."""
+def appraise_command_line(
+    trail: Trail, purpose: str, events: Mapping[int, Sequence[Event]], policy: Policy
+) -> bool:
+    """Note, and tell, whether every command line that was booted is known, and without doors but accepted ones.
+
+    ``enrol`` comes from a boot before that was seen to: doors are told, and its volumes wait for their owner (ADR 9).
+    """
     texts = list(dict.fromkeys(_booted(events, policy)))
     flaws = [flaw for text in texts for flaw in doors(text)]
     if not texts:
@@ -103,10 +108,11 @@ def appraise_command_line(trail: Trail, events: Mapping[int, Sequence[Event]], p
     accepted = f", but for {', '.join(policy.accepted_doors)}" if policy.accepted_doors else ""
     trail.note(
         "cmdline.doors",
-        not counted,
+        not counted or purpose == "enrol",
         expected="; ".join(f"{flaw.door}: {flaw.expected}" for flaw in counted) or f"no door{accepted}",
         found="; ".join(f"{flaw.door}: {flaw.found}" for flaw in counted) or "none that is open",
     )
+    return not counted
 
 
 def doors(text: str) -> list[Flaw]:
