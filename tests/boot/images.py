@@ -205,7 +205,7 @@ def _build_hardware(to: Path, chroot: Path, amd: Path) -> None:
     for name in ("dev", "proc", "run", "sys", "tmp"):
         (tree / name).mkdir()
     _put_swtpm(tree / "simulated/swtpm")
-    _make_ext4(tree, to / "disk.img", "320M")
+    make_ext4(tree, to / "disk.img", "320M")
     shutil.rmtree(tree)
 
 
@@ -222,6 +222,14 @@ def _put_swtpm(directory: Path) -> None:
 def _build_volume(to: Path, debian: Path) -> None:
     """Make the encrypted root: a file system with one program in it."""
     tree = to / "tree"
+    small_system(tree, debian, GUEST / "init")
+    (tree / "secret").write_text(SECRET, encoding="utf-8")
+    encrypted(tree, to, "48M")
+    shutil.rmtree(tree)
+
+
+def small_system(tree: Path, debian: Path, init: Path) -> None:
+    """Put a system of one program into a directory, with the shell that runs it."""
     for name in ("bin", "dev", "proc", "sys", "run", "sbin", "etc"):
         (tree / name).mkdir(parents=True)
     busybox = debian / "usr/bin/busybox"
@@ -234,17 +242,14 @@ def _build_volume(to: Path, debian: Path) -> None:
             shutil.copy2(debian / library.relative_to("/"), target)
     for applet in ("cat", "poweroff", "sed", "sh"):
         (tree / "bin" / applet).symlink_to("busybox")
-    install(GUEST / "init", tree / "sbin/init")
-    (tree / "secret").write_text(SECRET, encoding="utf-8")
+    install(init, tree / "sbin/init")
     (tree / "etc/os-release").write_text(_OS_RELEASE, encoding="utf-8")
-    encrypted(tree, to, "48M")
-    shutil.rmtree(tree)
 
 
 def encrypted(tree: Path, to: Path, size: str) -> None:
     """Make ``disk.img`` of a tree: a file system of this size, encrypted in place without device-mapper."""
     image = to / "disk.img"
-    _make_ext4(tree, image, size)
+    make_ext4(tree, image, size)
     with image.open("r+b") as file:
         file.truncate(image.stat().st_size + (32 << 20))
     (to / "passphrase").write_bytes(PASSPHRASE)
@@ -258,8 +263,9 @@ def encrypted(tree: Path, to: Path, size: str) -> None:
     )
 
 
-def _make_ext4(tree: Path, image: Path, size: str) -> None:
-    run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(tree), str(image), size])
+def make_ext4(tree: Path, image: Path, size: str, label: str = "") -> None:
+    """Make a file system of a tree."""
+    run(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", label, "-d", str(tree), str(image), size])
 
 
 def _kernel(chroot: Path) -> Path:

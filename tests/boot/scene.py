@@ -46,7 +46,8 @@ agent() {
 class Scene:
     """``meanwhile`` is a script that the initramfs runs before Kagimori's, ``booted`` one that the booted root runs.
 
-    ``cmdline`` in place of the tests' own; ``words`` are QEMU's; ``dump`` is a file that the guest may write as a disk.
+    ``cmdline`` in place of the tests' own; ``words`` are QEMU's; ``dump`` is a file that the guest may write as a disk;
+    ``disks`` are those that the host attaches beside.
     """
 
     meanwhile: str = ""
@@ -54,6 +55,7 @@ class Scene:
     cmdline: str | None = None
     words: Sequence[str] = ()
     dump: Path | None = None
+    disks: Sequence[Disk] = ()
     tpm: bool = True
 
 
@@ -66,7 +68,7 @@ def with_shell(more: str) -> str:
 def played(site: Site, verifier: str | None, scene: Scene) -> Iterator[Machine]:
     """Switch the VM on, in this scene."""
     images = site.estate.images
-    disks = [Disk(site.estate.volume, "root"), Disk(images.hardware, "snp")]
+    disks = [Disk(site.estate.volume, "root"), Disk(images.hardware, "snp"), *scene.disks]
     scripts = {
         "scene": scene.meanwhile,
         "booted": scene.booted,
