@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ GOOD: dict[tuple[str, ...], Callable[[Desk], tuple[str | Path, ...]]] = {
     ("identity", "show"): lambda _: (),
     ("identity", "rotate"): lambda _: (),
     ("upgrade",): lambda _: (),
+    ("backup",): lambda desk: (f"{desk.directory}/backup-{os.urandom(4).hex()}",),
     ("vm", "add"): lambda _: ("web2", "--profile", "debian"),
     ("vm", "list"): lambda _: (),
     ("vm", "show"): lambda _: ("web1",),
@@ -63,6 +65,9 @@ GOOD: dict[tuple[str, ...], Callable[[Desk], tuple[str | Path, ...]]] = {
 }
 BAD: dict[tuple[str, ...], tuple[str, ...]] = {
     ("init",): ("--dir", "{desk}"),
+    ("backup",): ("{desk}/verifier.toml",),
+    ("restore",): ("{desk}/verifier.toml", "--dir", "{desk}/restored", "--kek", "{desk}/kek"),
+    ("recovery", "import"): ("--vm", "nobody", "--uuid", UUID),
     ("identity", "activate"): (),
     ("identity", "retire"): ("0123456789abcdef",),
     ("vm", "add"): ("web1", "--profile", "debian"),
@@ -106,7 +111,7 @@ BAD: dict[tuple[str, ...], tuple[str, ...]] = {
     ("certs", "show"): ("/dev/null",),
 }
 NEEDS_NOTHING = {
-    *(("init",), ("explain",), ("snp", "show"), ("snp", "verify")),
+    *(("init",), ("restore",), ("explain",), ("snp", "show"), ("snp", "verify")),
     *(("eventlog", "show"), ("eventlog", "replay"), ("quote", "verify"), ("certs", "show")),
 }
 
@@ -175,7 +180,7 @@ def test_a_verb_without_a_verifier_says_where_it_looked(
     """--config and --json count before the verb and after it."""
     pcrs = tmp_path / "pcrs.json"
     pcrs.write_text(json.dumps({"sha256": {"8": "00" * 32}}))
-    rest = [word.format(pcrs=pcrs) for word in BAD.get(words, ())]
+    rest = [word.format(pcrs=pcrs, desk=tmp_path) for word in BAD.get(words, ())]
     if words in GOOD and not rest:
         rest = [str(word) for word in GOOD[words](Desk(tmp_path, capsys))]
     common = ("--config", str(tmp_path / "absent.toml"), "--json")

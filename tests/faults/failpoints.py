@@ -24,7 +24,7 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from kagimori_agent import attempt, cap, cli, collect, config, exchange, luks, unlock
 from kagimori_agent.devices.vtpm import Vtpm
-from kagimori_verifier import luks_enrol, server, settings
+from kagimori_verifier import backup_format, luks_enrol, server, settings
 from kagimori_verifier.keystore.kek import FileKek
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.service import Service
@@ -172,6 +172,8 @@ def _watch_owner(points: Points) -> None:
     points.around(FileKek, "create", "the KEK is made")
     points.around(settings, "load", "the settings are read")
     points.around(sqlite, "create_file", "the database's file is made")
+    points.around(sqlite, "copy", "the database is copied")
+    points.around(backup_format, "write", "a backup is written")
     points.around(Path, "mkdir", "a directory is made")
     points.around(Path, "rename", "a file gets its name")
     points.around(Path, "replace", "a file takes another's place")

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from kagimori_verifier.identity import Keys
     from kagimori_verifier.settings import Settings
 
-KEK_ID: str = "kek-id"
-
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
@@ -78,9 +76,9 @@ def create(settings: Settings, kek: bytes, at_s: int) -> Keys:
     store = Store.create(settings.database_url)
     try:
         with store.write() as txn:
-            if stored.get(txn, KEK_ID) == kek_id(kek):
+            if stored.get(txn, stored.KEK_ID) == kek_id(kek):
                 return identity.load(txn, kek)
-            stored.put(txn, KEK_ID, kek_id(kek))
+            stored.put(txn, stored.KEK_ID, kek_id(kek))
             return identity.create(txn, kek, at_s)
     finally:
         store.close()
@@ -92,7 +90,7 @@ def open_verifier(settings: Settings, clock: Callable[[], float] = time.time) ->
     store = Store.open(settings.database_url)
     try:
         with store.read() as txn:
-            made_under = stored.get(txn, KEK_ID)
+            made_under = stored.get(txn, stored.KEK_ID)
             if made_under != kek_id(kek):
                 raise OperatorError(
                     "This database was made under another key-encryption key.",

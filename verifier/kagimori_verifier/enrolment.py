@@ -21,6 +21,7 @@ from kagimori_verifier.store.enrolments import EnrolledRow
 from kagimori_verifier.store.vms import VolumeRow
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from kagimori_verifier.store import Store, Txn
@@ -73,7 +74,7 @@ def _kept(  # noqa: PLR0913 - a row's columns
     txn: Txn, unlock_keys: UnlockKeys, vm_id: str, uuid: str, label: str, at_s: int
 ) -> tuple[VolumeRow, bool]:
     """Keep a new wrapped key, or find the one that an interrupted run has kept; tells which."""
-    others = []
+    others: list[VolumeRow] = []
     for one in vms.volumes(txn, vm_id, state=None):
         if one.uuid != uuid:
             others.append(one)
@@ -87,6 +88,16 @@ def _kept(  # noqa: PLR0913 - a row's columns
                 found=f"version {one.version}, {one.state}",
                 todo="`kagimori-verifier volume remove` forgets it first.",
             )
+    require_place(others, vm_id, label)
+    wrapped = unlock_keys.wrap(unlock_keys.make(), vm_id, uuid, FIRST_VERSION)
+    row = VolumeRow(vm_id, uuid, "adding", wrapped, FIRST_VERSION, 0, label, at_s)
+    vms.add_volume(txn, row)
+    enrolments.add(txn, EnrolledRow(vm_id, uuid, FIRST_VERSION, "owner-machine", None, explained=True))
+    return row, False
+
+
+def require_place(others: Sequence[VolumeRow], vm_id: str, label: str) -> None:
+    """Require room for one more volume beside a VM's others, and a name that none of them has. Raises OperatorError."""
     if label == RESERVED or label in {one.label for one in others}:
         raise OperatorError(
             f"The mapping name {label} is taken.",
@@ -102,11 +113,6 @@ def _kept(  # noqa: PLR0913 - a row's columns
             expected=f"at most {MAX_VOLUMES}",
             found=str(len(others)),
         )
-    wrapped = unlock_keys.wrap(unlock_keys.make(), vm_id, uuid, FIRST_VERSION)
-    row = VolumeRow(vm_id, uuid, "adding", wrapped, FIRST_VERSION, 0, label, at_s)
-    vms.add_volume(txn, row)
-    enrolments.add(txn, EnrolledRow(vm_id, uuid, FIRST_VERSION, "owner-machine", None, explained=True))
-    return row, False
 
 
 def _prove(device: Path, key: bytes) -> None:

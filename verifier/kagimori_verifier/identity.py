@@ -108,7 +108,7 @@ def load(txn: Txn, kek: bytes) -> Keys:
         (key for key in signing if key.state in _ORDER),
         key=lambda key: (_ORDER.index(key.state), -key.created),
     )
-    signers = {key.key_id: _private(kek, key) for key in ordered}
+    signers = {key.key_id: private_key(kek, key) for key in ordered}
     return Keys(
         signing=signers[current[0].key_id],
         token=wrapping.unseal(kek, LABEL_TOKEN_KEY, tokens[0].wrapped, tokens[0].key_id.encode()),
@@ -117,7 +117,8 @@ def load(txn: Txn, kek: bytes) -> Keys:
     )
 
 
-def _private(kek: bytes, key: Identity) -> Ed25519PrivateKey:
+def private_key(kek: bytes, key: Identity) -> Ed25519PrivateKey:
+    """Unwrap one signing key, of any state. Raises BoxBroken."""
     return Ed25519PrivateKey.from_private_bytes(
         wrapping.unseal(kek, LABEL_SIGNING, key.wrapped, key.key_id.encode())
     )

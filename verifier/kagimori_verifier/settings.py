@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -158,6 +159,29 @@ concurrent_requests = 32
 requests_per_minute_and_source = 120
 burst_per_source = 30
 """
+
+
+def rewritten(settings: Settings, *, database: str, endorsements: str, kek: str) -> str:
+    """Write a verifier.toml anew with other places, all else as it is. JSON's strings and numbers are TOML's."""
+    lines = [
+        "# Kagimori verifier, restored: the places in the settings of the backup lay outside of their directory.",
+        f"database = {json.dumps(database)}",
+        f"endorsements = {json.dumps(endorsements)}",
+        f"listen = {json.dumps(settings.listen)}",
+        f"public_urls = {json.dumps(settings.public_urls)}",
+        "",
+        "[kek]",
+        f"provider = {json.dumps(settings.kek.provider)}",
+        f"path = {json.dumps(kek)}",
+        f"name = {json.dumps(settings.kek.name)}",
+        "",
+        "[limits]",
+        *(f"{name} = {getattr(settings.limits, name)}" for name in settings.limits.__struct_fields__),
+    ]
+    if settings.tls is not None:
+        lines += ["", "[tls]"]
+        lines += [f"{name} = {json.dumps(getattr(settings.tls, name))}" for name in ("certificate", "key")]
+    return "\n".join(lines) + "\n"
 
 
 def _wrong(path: Path, expected: str, found: str, code: str) -> OperatorError:

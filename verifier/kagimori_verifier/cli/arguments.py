@@ -15,6 +15,7 @@ from kagimori_verifier.appraise.policy import TcbFloor
 
 _VM: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_UUID: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _LISTEN: Final = re.compile(r"(\[[0-9a-fA-F:]+\]|[0-9A-Za-z.-]+):([0-9]{1,5})")
 _URL: Final = re.compile(r"https?://[!#-&(-;=@-\[\]-~]{1,500}")
 _UNNAMED_BIT: Final = re.compile(r"bit [0-9]{1,2}")
@@ -42,6 +43,13 @@ def name(text: str) -> str:
         text,
         "A name",
         "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore, beginning with a letter or digit",
+    )
+
+
+def uuid(text: str) -> str:
+    """Take a volume's UUID, in any case; agents ask by lower case."""
+    return _matching(
+        _UUID, text.lower(), "A volume's UUID", "8-4-4-4-12 hex digits, as `cryptsetup luksUUID` prints it"
     )
 
 

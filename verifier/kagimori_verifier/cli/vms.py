@@ -102,7 +102,7 @@ def known(txn: Txn, vm_id: str) -> VmRow:
 
 def shown_volume(row: VolumeRow) -> dict[str, Any]:
     """Give what may be shown of a volume: all but its wrapped key."""
-    names = ("vm_id", "uuid", "label", "state", "version", "header_epoch", "created")
+    names = ("vm_id", "uuid", "label", "state", "version", "header_epoch", "origin", "created")
     return {name: getattr(row, name) for name in names}
 
 

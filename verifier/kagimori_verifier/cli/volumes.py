@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,6 +15,7 @@ from kagimori_verifier.cli.access import now_s, opened, reading, unknown, writin
 from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.cli.own_kek import own_kek
+from kagimori_verifier.cli.secret_input import first_line
 from kagimori_verifier.cli.vms import known, shown_volume
 from kagimori_verifier.store import vms
 
@@ -138,7 +138,7 @@ def _passphrase(options: argparse.Namespace) -> bytes:
     if options.key_file is not None:
         passphrase = read_file(options.key_file, MAX_PASSPHRASE)
     elif options.passphrase_fd is not None:
-        passphrase = _first_line(options.passphrase_fd)
+        passphrase = first_line(options.passphrase_fd, "passphrase", "volume.passphrase", MAX_PASSPHRASE)
     elif sys.stdin.isatty():
         passphrase = getpass.getpass(f"Existing passphrase of {options.device}: ").encode()
     else:
@@ -156,25 +156,3 @@ def _passphrase(options: argparse.Namespace) -> bytes:
             found="none",
         )
     return passphrase
-
-
-def _first_line(descriptor: int) -> bytes:
-    """Read a passphrase as people type it: without the newline after it."""
-    try:
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            line = file.readline(MAX_PASSPHRASE + 1)
-    except OSError as error:
-        raise UsageError(
-            "The passphrase cannot be read.",
-            code="volume.passphrase",
-            expected="a descriptor that is open for reading",
-            found=str(error.strerror),
-        ) from error
-    if len(line) > MAX_PASSPHRASE:
-        raise UsageError(
-            "The passphrase is too long.",
-            code="volume.passphrase",
-            expected=f"at most {MAX_PASSPHRASE} bytes",
-            found="more",
-        )
-    return line.removesuffix(b"\n")

@@ -145,12 +145,23 @@ class Store:
 
     def snapshot(self, to: Path) -> None:
         """Copy the database as it is now into the new file ``to``, also while others write. Raises StoreUnavailable."""
+        with self._by_itself() as path:
+            sqlite.copy(path, to)
+
+    def check(self) -> None:
+        """Read all of the database. Raises StoreUnavailable where it is broken."""
+        with self._by_itself() as path:
+            sqlite.check(path)
+
+    @contextlib.contextmanager
+    def _by_itself(self) -> Iterator[Path]:
+        """Give the file to what opens it by itself, and explain what that meets."""
         if self._path is None:
-            raise _unavailable("store.copy", "a database that is no file", "Use the database's own tools.")
-        with _explained(), _explained_file():
+            raise _unavailable("store.file", "a database that is no file", "Use the database's own tools.")
+        with _explained_file():
             self._require_same_file()
             try:
-                sqlite.copy(self._path, to)
+                yield self._path
             except sqlite3.Error as error:
                 code, todo = sqlite.problem(error) or _UNKNOWN
                 raise _unavailable(code, str(error), todo) from error

@@ -63,6 +63,11 @@ def use_code(txn: Txn, vm_id: str, session: str) -> None:
     txn.execute(update(enrol_code).where(enrol_code.c.vm_id == vm_id).values(session=session))
 
 
+def void_codes(txn: Txn) -> None:
+    """Forget every code: what was given out is good no more."""
+    txn.execute(delete(enrol_code))
+
+
 def add(txn: Txn, row: EnrolledRow) -> None:
     """Keep how a volume came here; the volume itself is there already."""
     txn.execute(insert(enrolment).values(asdict(row)))

@@ -115,6 +115,11 @@ def is_opened(txn: Txn, report_id: bytes) -> bool:
     return _first_session(txn, opened_boot, report_id) is not None
 
 
+def drop_answers(txn: Txn) -> None:
+    """Drop every answer, also of sessions that have not expired."""
+    txn.execute(update(redemption).where(redemption.c.answer.is_not(None)).values(answer=None))
+
+
 def last_opened(txn: Txn) -> dict[str, str | None]:
     """Give, for each VM that has confirmed `opened` since it was added, the verifier's key (ID) of the newest such boot.
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from sqlalchemy import delete, insert, select
 
 from kagimori_verifier.store.database import Txn
 from kagimori_verifier.store.schema import setting
+
+KEK_ID: Final = "kek-id"
+"""The ID of the KEK that all secrets in this database are wrapped by."""
 
 
 def get(txn: Txn, name: str) -> str | None:

@@ -85,11 +85,22 @@ def copy(source: Path, to: Path) -> None:
     with closing(connect(source)) as here, closing(sqlite3.connect(to, isolation_level=None)) as there:
         here.backup(there)
         there.execute("PRAGMA journal_mode=DELETE").close()  # one file, with nothing beside it
-        found = there.execute("PRAGMA integrity_check").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(f"the copy is broken: {found}")
+        _require_intact(there)
     with to.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def check(path: Path) -> None:
+    """Read a whole database. Raises SQLite's errors where its structure is broken."""
+    with closing(connect(path)) as connection:
+        _require_intact(connection)
+
+
+def _require_intact(connection: sqlite3.Connection) -> None:
+    for check in ("integrity_check", "foreign_key_check"):
+        found = connection.execute(f"PRAGMA {check}").fetchone()
+        if found not in {None, ("ok",)}:
+            raise sqlite3.DatabaseError(f"{check}: {' '.join(map(str, found))}")
 
 
 def problem(cause: BaseException | None) -> Problem | None:
