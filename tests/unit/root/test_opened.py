@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from tests.unit.root.sysfs import UUID, Kernel
 
-from kagimori_agent import opened
+from kagimori_agent import luks, opened, unlock
 from kagimori_agent.config import Config
 from kagimori_protocol.errors import DiskError, ImageError
+from kagimori_protocol.messages import Keys, VolumeKey
 
 
 def record(kernel: Kernel) -> Path:
@@ -96,3 +97,25 @@ def test_a_record_that_does_not_hold_is_refused(
     with pytest.raises(DiskError) as caught:
         opened.recorded(config.volumes, honest.root)
     assert caught.value.code == "opened.record"
+
+
+def test_the_unlock_records_what_it_maps_and_nothing_that_it_only_proves(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is opened, the record of whoever came before is gone."""
+    calls: list[str] = []
+
+    def open_volume(*_: object, **__: object) -> str:
+        calls.append("open")
+        return "mapped"
+
+    monkeypatch.setattr(luks, "open_volume", open_volume)
+    monkeypatch.setattr(opened, "begin", lambda: calls.append("begin"))
+    monkeypatch.setattr(opened, "remember", lambda volume: calls.append(volume.name))
+    key = VolumeKey(uuid=UUID, unlock_key=bytes(32), header_epoch=0)
+    keys = Keys(confirm_key=bytes(32), volumes=[key])
+    list(unlock._open(config, keys, calls.append, prove=False))
+    assert calls == ["begin", "open", "cryptroot", "cryptroot: mapped"]
+    calls.clear()
+    list(unlock._open(config, keys, lambda _: None, prove=True))
+    assert calls == ["open"]
