@@ -3,9 +3,9 @@
 
 ::
 
-    independent_agent.py unlock|dry-run --config FILE
+    independent_agent.py unlock|dry-run|enrol --config FILE
 
-It asks the first verifier of FILE, at its first URL, and prints one JSON object: how each volume was proved, or the
+``enrol`` reads an operator's code and an existing passphrase from stdin, a line each. It asks the first verifier of FILE, at its first URL, and prints one JSON object: how each volume was proved, or the
 verdict. It serves to show that the documents suffice, and to be read; an initramfs wants more (budgets, several verifiers,
 memory that is not swapped, power off where the cap fails).
 """
@@ -27,7 +27,7 @@ from typing import Any, Final
 import requests
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -207,7 +207,29 @@ def collect(config: Message, tpm: Tpm | None, t0: bytes, selection: bytes) -> Me
     return {**blobs, **tpm.quote(selection, t1)}
 
 
-def exchange(config: Message, purpose: str, tpm: Tpm | None) -> tuple[Message, Message, bytes, bytes]:
+class Code:
+    """An operator's code: the key that proves it, and the one verifier key that it believes."""
+
+    def __init__(self, text: str) -> None:
+        """Read it as it was typed."""
+        typed = "".join(text.split()).replace("-", "").lower().translate(str.maketrans("ilo", "110"))
+        bits = "".join(f"{'0123456789abcdefghjkmnpqrstvwxyz'.index(one):05b}" for one in typed)
+        raw = int(bits, 2).to_bytes(30, "big")
+        if len(typed) != 48 or sha256(b"kagimori/1/enrol-check\0" + raw[:26])[:4] != raw[26:]:
+            raise SystemExit("a typing error in the code")
+        self._key = Ed25519PrivateKey.from_private_bytes(sha256(b"kagimori/1/enrol-key\0" + raw[:16]))
+        self._fingerprint = raw[16:26]
+
+    def prove(self, key: bytes, t0: bytes) -> bytes:
+        """Prove it for one exchange with the verifier that it is of."""
+        if sha256(key)[:10] != self._fingerprint:
+            raise SystemExit("another verifier than the code's")
+        return self._key.sign(b"kagimori/1/enrol-proof\0" + t0)
+
+
+def exchange(
+    config: Message, purpose: str, tpm: Tpm | None, code: Code | None
+) -> tuple[Message, Message, bytes, bytes]:
     """Hello, Challenge, Evidence, answer: gives the opened payload, the Sealed, TH and the Evidence."""
     verifier = config["verifiers"][0]
     mlkem, x25519 = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
@@ -231,6 +253,8 @@ def exchange(config: Message, purpose: str, tpm: Tpm | None) -> tuple[Message, M
         "challenges": [{"key": key, "challenge": challenge_body}],
         **collect(config, tpm, t0, unbase64(challenge["pcr_selection"])),
     }
+    if code is not None:
+        evidence["enrol_proof"] = code.prove(key, t0)
     order = (
         "type",
         "version",
@@ -279,12 +303,29 @@ def prove(config: Message, payload: Message) -> list[str]:
     ]
 
 
+def add(config: Message, payload: Message, passphrase: str) -> None:
+    """Add a keyslot for each new key. What our own agent does beyond that, the header's token, is left out here."""
+    fast = ["--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "-"]
+    devices = {volume["uuid"]: volume["device"] for volume in config["volumes"]}
+    for one in payload["volumes"]:
+        reader, writer = os.pipe()
+        os.write(writer, unbase64(one["unlock_key"]))
+        os.close(writer)
+        command = ["cryptsetup", "luksAddKey", *fast, devices[one["uuid"]], f"/dev/fd/{reader}"]
+        subprocess.run(command, input=passphrase.encode(), check=True, pass_fds=(reader,))
+        os.close(reader)
+
+
 def main(purpose: str, config: Message) -> int:
     """Ask for this purpose; unlock caps the boot whatever happens."""
+    code = Code(sys.stdin.readline()) if purpose == "enrol" else None
+    passphrase = sys.stdin.readline().removesuffix("\n") if purpose == "enrol" else ""
     tpm = Tpm(config["tpm"]) if config["kind"] == "svsm-vtpm" else None
     try:
         try:
-            payload, sealed, th, _ = exchange(config, purpose, tpm)
+            payload, sealed, th, _ = exchange(config, purpose, tpm, code)
+            if code is not None and payload["type"] == "keys":
+                add(config, payload, passphrase)
             proved = prove(config, payload) if payload["type"] == "keys" else []
         finally:
             if tpm is not None and purpose == "unlock":
@@ -305,6 +346,6 @@ def main(purpose: str, config: Message) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] not in {"unlock", "dry-run"} or sys.argv[2] != "--config":
+    if len(sys.argv) != 4 or sys.argv[1] not in {"unlock", "dry-run", "enrol"} or sys.argv[2] != "--config":
         sys.exit(__doc__)
     sys.exit(main(sys.argv[1], tomllib.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))))

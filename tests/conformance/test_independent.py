@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from tests.worlds import VM
 
 from kagimori_agent.unlock import dry_run, unlock
 from kagimori_protocol import messages
 from kagimori_protocol.errors import Refused
-from kagimori_simulator import measured_boot
-from kagimori_simulator.world import VerifierAt
+from kagimori_simulator import disk, measured_boot
+from kagimori_simulator.world import VerifierAt, VolumeAt
+from kagimori_verifier import enrolling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,11 +34,12 @@ TIMEOUT_S: Final = 60
 OTHER_BOOT: Final = measured_boot.grub(cmdline="root=/dev/mapper/cryptroot init=/bin/sh")
 
 
-def agent(world: World, verb: str) -> tuple[int, Any]:
+def agent(world: World, verb: str, *lines: str) -> tuple[int, Any]:
     """Run the other agent in a VM; gives its exit code and what it told."""
     program, config = str(HERE / "independent_agent.py"), str(world.directory / "agent.toml")
     command = [sys.executable, program, verb, "--config", config]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    said = "".join(f"{line}\n" for line in lines)
+    done = subprocess.run(command, input=said, check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, json.loads(done.stdout or "null")
 
@@ -63,6 +66,19 @@ def test_another_agent_gets_its_key_without_a_tpm_once(enrolled_direct: Enrolled
         assert enrolled_direct.owner.events(told["session"]) == ["released", "confirmed-opened"]
         code, told = agent(world, "unlock")
         assert (code, told["failing"]) == (1, ["boot.unopened"])
+
+
+def test_another_agent_enrols_a_volume_by_the_owners_code(enrolled_direct: Enrolled, tmp_path: Path) -> None:
+    """From protocol.md alone: the code is read, and proved; the key that comes back opens the volume."""
+    owner, image = enrolled_direct.owner, tmp_path / "new.img"
+    owner.change_vm(VM, purposes=["unlock", "dry-run", "enrol"])
+    with owner.verifier.store.write() as txn:
+        code, _ = enrolling.make_code(txn, VM, owner.now_s())
+    enrolled_direct.volume = VolumeAt(disk.make_volume(image, b"a passphrase"), "cryptnew", image)
+    with enrolled_direct.booted() as (world, _):
+        status, told = agent(world, "enrol", code.text().upper(), "a passphrase")
+    assert (status, told["proved"], told["confirmed"]) == (0, [enrolled_direct.volume.uuid], True)
+    assert owner.events(told["session"]) == ["released", "volume-enrolled", "confirmed-opened"]
 
 
 @pytest.mark.slow
