@@ -76,6 +76,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("disk") / "disk.img"
     disk.make_volume(path, UNLOCK_KEY)
     subprocess.run(["cryptsetup", "luksUUID", "--batch-mode", "--uuid", UUID, path], check=True)
+    disk.seal(path, UNLOCK_KEY)
     return path
 
 

@@ -167,8 +167,9 @@ def _watch_verifier(points: Points) -> None:
 
 
 def _watch_owner(points: Points) -> None:
-    points.around(luks_enrol, "add_keyslot", "a keyslot is added")
     points.around(luks_enrol, "_run", "cryptsetup runs")
+    points.around(luks_enrol, "keep", "the old header is kept")
+    points.around(luks_enrol, "_write", "a part of the header is written")
     points.around(FileKek, "create", "the KEK is made")
     points.around(settings, "load", "the settings are read")
     points.around(sqlite, "create_file", "the database's file is made")

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
+from tests import volumes
 from tests.desks import CHIP, DIGEST, FLOOR, SESSION
 from tests.faults import invariants
 from tests.faults.programs import Launcher, Program
 
 from kagimori_simulator import disk, measured_boot
 from kagimori_simulator.amd import AmdRoot
-from kagimori_verifier import learning, luks_enrol, settings
+from kagimori_verifier import learning, settings
 from kagimori_verifier.keystore.kek import FileKek
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.store import Store, observations, schema, vms
@@ -27,7 +28,7 @@ from kagimori_verifier.store.observations import Observation
 pytestmark = pytest.mark.slow  # a process per point
 
 PASSPHRASE = b"the installer's passphrase"
-BY_CHANCE = {"created", "hash", "previous", "wrapped", "public", "key_id", "id"}
+BY_CHANCE = {"created", "expires", "hash", "previous", "wrapped", "public", "public_key", "key_id", "id"}
 """Columns that differ from run to run: clocks, random keys, and what follows from them."""
 PARTS = 4
 """Into how many tests the points of the longest verbs are divided, for those who test in parallel."""
@@ -193,10 +194,8 @@ class Disk:
         store.close()
         kek = UnlockKeys(FileKek(self.desk.directory / "kek").read())
         kept = [kek.unwrap(row.wrapped, row.vm_id, row.uuid, row.version) for row in rows]
-        opening = [luks_enrol.opens(self.image, key) for key in kept]
-        assert len(luks_enrol.keyslots(self.image)) == 1 + sum(opening), (
-            "a keyslot that nobody has the key of"
-        )
+        opening = [volumes.opens(self.image, key) for key in kept]
+        assert len(volumes.keyslots(self.image)) == 1 + sum(opening), "a keyslot that nobody has the key of"
         assert all(opens for row, opens in zip(rows, opening, strict=True) if row.state == "active")
         return [row.state for row in rows]
 
