@@ -15,6 +15,7 @@ from tests.conformance.making import (
     certificates,
     enrol,
     exchange,
+    header,
     messages,
     replies,
     sealing,
@@ -24,7 +25,7 @@ from tests.conformance.making import (
 )
 
 VECTORS: Final = Path(__file__).parent / "vectors"
-AREAS: Final = (tie, replies, sealing, messages, tpm, certificates, enrol, exchange)
+AREAS: Final = (tie, replies, sealing, messages, tpm, certificates, enrol, exchange, header)
 
 
 def made() -> dict[str, bytes]:

@@ -17,7 +17,18 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 from tests.conformance.making.vector import FAIL
 
-from kagimori_protocol import certificate_table, enrol_code, messages, sealing, signature, tpm, transcript
+from kagimori_protocol import (
+    certificate_table,
+    enrol_code,
+    luks2_allowed,
+    luks2_guard,
+    luks2_layout,
+    messages,
+    sealing,
+    signature,
+    tpm,
+    transcript,
+)
 from kagimori_protocol.errors import KagimoriError, UnsupportedVersion
 from kagimori_verifier.trail import Trail
 from kagimori_verifier.verify.vtpm import verify_ak, verify_quote
@@ -26,7 +37,7 @@ VECTORS: Final = Path(__file__).parent / "vectors"
 DIRECTORIES: Final = sorted(
     path.parent.relative_to(VECTORS).as_posix() for path in VECTORS.rglob("expected.json")
 )
-MOST_BYTES: Final = 320_000
+MOST_BYTES: Final = 370_000
 LONG: Final = 300
 
 KINDS: Final[dict[str, type[msgspec.Struct]]] = {
@@ -248,6 +259,21 @@ def enrol_of(given: Given) -> Any:  # noqa: ANN401 - whatever JSON can hold
     }
 
 
+def header_of(given: Given) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """The JSON of a LUKS2 header, as it stands in one copy: what of it this unlock key vouches for."""
+    document = json.loads(given.file("header.json"))
+    size = int(document["config"]["json_size"]) + luks2_layout.BINARY_SIZE
+    read = luks2_layout.LuksHeader(given["uuid"], "", "", 1, size, 0, document)
+    key = given.unhexed("unlock_key")
+    guarded = luks2_guard.authenticate(luks2_allowed.check(read, 1 << 30), key, given["header_epoch"])
+    token = luks2_guard.tied(guarded.header)[guarded.slot]
+    assert luks2_guard.seal(guarded.header, guarded.slot, key, guarded.epoch) == token
+    memory = luks2_layout.parse(guarded.memory[:size], 0)
+    assert (memory.uuid, memory.label, memory.size) == (read.uuid, "", size)
+    text = guarded.memory[luks2_layout.BINARY_SIZE : size].rstrip(b"\0").decode()
+    return {"slot": guarded.slot, "epoch": guarded.epoch, "mac": token["mac"], "memory": text}
+
+
 AREAS: Final[dict[str, Callable[[Given], Any]]] = {
     "transcript": transcript_of,
     "messages": messages_of,
@@ -258,6 +284,7 @@ AREAS: Final[dict[str, Callable[[Given], Any]]] = {
     "certificates": certificates_of,
     "enrol": enrol_of,
     "exchange": exchange_of,
+    "header": header_of,
 }
 
 

@@ -1,0 +1,251 @@
+"""What a LUKS2 header may say: an allow-list of what an honest volume has (THREATS T1).
+
+The host writes the header. A null cipher in the data segment lays the volume open to it, one in a keyslot opens with
+any key, and a second segment puts plain data of its own making beside the encrypted. What is allowed here is not yet
+authentic: that is asked in ``luks2_guard``.
+
+Source: LUKS2 On-Disk Format Specification 1.1.1, section 3.
+
+Import budget: that of ``luks2_layout``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from kagimori_protocol.luks2_layout import BINARY_SIZE, LuksHeader, refusal, require_object, shown
+
+_DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
+
+ENCRYPTIONS: Final = frozenset({"aes-xts-plain64"})
+"""What cryptsetup of Debian, Ubuntu and Fedora makes by default; the only cipher for data and for keyslots."""
+VOLUME_KEY_SIZE: Final = 64
+"""Bytes of an AES-256-XTS key, the default of the same."""
+SECTOR_SIZES: Final = frozenset({512, 4096})
+HASHES: Final = frozenset({"sha256", "sha512"})
+KDFS: Final = {
+    "argon2id": frozenset({"type", "salt", "time", "memory", "cpus"}),
+    "argon2i": frozenset({"type", "salt", "time", "memory", "cpus"}),
+    "pbkdf2": frozenset({"type", "salt", "hash", "iterations"}),
+}
+MAX_KEYSLOTS: Final = 32
+STRIPES: Final = 4000
+MIN_AREA: Final = VOLUME_KEY_SIZE * STRIPES
+MAX_AREA: Final = 1 << 20
+"""Bytes of a keyslot's area: at least the split volume key, and cryptsetup rounds that up to 4096."""
+MAX_KEYSLOTS_SIZE: Final = 32 << 20
+"""Bytes of all keyslots' areas together: twice what cryptsetup takes by default."""
+SECTOR: Final = 512
+
+TOKEN_TYPE: Final = "kagimori-header"  # noqa: S105 - a type of tokens
+_MAC_FORM: Final = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+def check(header: LuksHeader, device_size: int) -> LuksHeader:
+    """Return the header if all that it says is allowed: one encrypted segment and nothing out of the ordinary.
+
+    ``device_size`` is in bytes. Raises DiskError, naming what is not.
+    """
+    top = _members(header.json, "the header", {"keyslots", "tokens", "segments", "digests", "config"})
+    _check_config(header, top["config"])
+    segment_at = _check_segment(header, require_object(top["segments"], "segments"), device_size)
+    keyslots = require_object(top["keyslots"], "keyslots")
+    if not 1 <= len(keyslots) <= MAX_KEYSLOTS:
+        raise refusal("luks.keyslots", f"1 to {MAX_KEYSLOTS} keyslots", str(len(keyslots)))
+    for name, keyslot in keyslots.items():
+        if not _DECIMAL.fullmatch(name) or int(name) >= MAX_KEYSLOTS:
+            raise refusal("luks.keyslots", f"keyslots 0 to {MAX_KEYSLOTS - 1}", shown(name))
+        _check_keyslot(f"keyslot {name}", keyslot)
+    _check_places(header, keyslots, segment_at)
+    _check_tokens(keyslots, top["tokens"])
+    _check_digest(keyslots, require_object(top["digests"], "digests"))
+    return header
+
+
+def area_of(keyslot: dict[str, Any]) -> tuple[int, int]:
+    """Give offset and size in bytes of the area of a keyslot that ``check`` has seen."""
+    return int(keyslot["area"]["offset"]), int(keyslot["area"]["size"])
+
+
+def keyslots_end(header: LuksHeader) -> int:
+    """Give where the keyslots of a header that ``check`` has seen end: header and keyslots are the bytes before."""
+    return 2 * header.size + int(header.json["config"]["keyslots_size"])
+
+
+def _check_config(header: LuksHeader, value: object) -> None:
+    config = require_object(value, "config")
+    for name in ("flags", "requirements"):
+        if config.get(name):  # both may be there and empty
+            raise refusal(
+                f"luks.{name}",
+                f"no {name}",
+                shown(config[name]),
+                "Finish a re-encryption, or drop persistent flags with `cryptsetup refresh --persistent`.",
+            )
+    config = _members(config, "config", {"json_size", "keyslots_size"}, {"flags", "requirements"})
+    _equal("config.json_size", config["json_size"], str(header.size - BINARY_SIZE))
+    if _decimal("config.keyslots_size", config["keyslots_size"]) > MAX_KEYSLOTS_SIZE:
+        raise refusal("luks.area", f"keyslots of at most {MAX_KEYSLOTS_SIZE} bytes", config["keyslots_size"])
+
+
+def _check_segment(header: LuksHeader, segments: dict[str, Any], device_size: int) -> int:
+    if list(segments) != ["0"]:
+        raise refusal("luks.segments", "exactly one segment, 0", shown(list(segments)))
+    segment = require_object(segments["0"], "segment 0")
+    _equal("segment 0: type", segment.get("type"), "crypt")
+    for name in ("integrity", "flags"):
+        if name in segment:
+            raise refusal(f"luks.segment-{name}", f"a segment without {name}", shown(segment[name]))
+    _members(segment, "segment 0", {"type", "offset", "size", "iv_tweak", "encryption", "sector_size"})
+    _allowed_cipher("segment 0", segment["encryption"])
+    offset = _decimal("segment 0: offset", segment["offset"])
+    if offset < 2 * header.size:
+        raise refusal("luks.value", "a segment after the header", shown(segment["offset"]))
+    _equal("segment 0: size", segment["size"], "dynamic")
+    _equal("segment 0: iv_tweak", segment["iv_tweak"], "0")
+    sector_size = _one_of("segment 0: sector_size", segment["sector_size"], SECTOR_SIZES)
+    if offset % SECTOR or offset + int(str(sector_size)) > device_size:
+        raise refusal("luks.area", f"a segment within a device of {device_size} bytes", f"one at {offset}")
+    return offset
+
+
+def _check_places(header: LuksHeader, keyslots: dict[str, Any], segment_at: int) -> None:
+    """Require that every area lies between header and segment, and on no other."""
+    end = keyslots_end(header)
+    if end > segment_at:
+        raise refusal(
+            "luks.area", f"keyslots that end before the segment, at {segment_at}", f"an end at {end}"
+        )
+    free_from = 2 * header.size
+    for offset, size in sorted(area_of(keyslot) for keyslot in keyslots.values()):
+        if not MIN_AREA <= size <= MAX_AREA:
+            raise refusal("luks.area", f"a keyslot's area of {MIN_AREA} to {MAX_AREA} bytes", f"{size} bytes")
+        if offset < free_from or offset + size > end:
+            raise refusal(
+                "luks.area",
+                f"a keyslot's area between {free_from}, where what comes before it ends, and {end}",
+                f"{size} bytes at {offset}",
+            )
+        free_from = offset + size
+
+
+def _check_tokens(keyslots: dict[str, Any], value: object) -> None:
+    """Allow tokens of ours alone, at most one for a keyslot, and none that cryptsetup would use by itself.
+
+    cryptsetup tries tokens before the key that it is given, and a keyring token's success passes for the key's. It keeps a
+    token whose keyslot is removed: that one, of no keyslot, says nothing.
+    """
+    tied: list[str] = []
+    for name, token in require_object(value, "tokens").items():
+        kind = token.get("type") if isinstance(token, dict) else token
+        if kind != TOKEN_TYPE:
+            raise refusal(
+                "luks.tokens",
+                f"no tokens but those of type {TOKEN_TYPE}",
+                shown(token),
+                "Remove it with `cryptsetup token remove`, after a look at what made it.",
+            )
+        of = f"token {shown(name)}"
+        members = _members(token, of, {"type", "keyslots", "epoch", "mac"})
+        if _decimal(f"{of}: epoch", members["epoch"]) < 1:
+            raise refusal("luks.tokens", f"{of}: an epoch from 1", shown(members["epoch"]))
+        if not isinstance(members["mac"], str) or not _MAC_FORM.fullmatch(members["mac"]):
+            raise refusal("luks.tokens", f"{of}: a MAC of 64 hex digits", shown(members["mac"]))
+        slots = members["keyslots"]
+        if (
+            not isinstance(slots, list)
+            or len(slots) > 1
+            or not all(isinstance(one, str) and one in keyslots for one in slots)
+        ):
+            raise refusal("luks.tokens", f"{of}: one keyslot of {shown(sorted(keyslots))}", shown(slots))
+        tied += slots
+    if len(set(tied)) != len(tied):
+        raise refusal("luks.tokens", "at most one token for a keyslot", f"tokens for {shown(sorted(tied))}")
+
+
+def _check_keyslot(name: str, value: object) -> None:
+    keyslot = require_object(value, name)
+    _equal(f"{name}: type", keyslot.get("type"), "luks2")
+    _members(keyslot, name, {"type", "key_size", "af", "area", "kdf"}, {"priority"})
+    _equal(f"{name}: key_size", keyslot["key_size"], VOLUME_KEY_SIZE)
+    _one_of(f"{name}: priority", keyslot.get("priority", 1), frozenset({0, 1, 2}))
+    area = _members(keyslot["area"], f"{name}: area", {"type", "offset", "size", "encryption", "key_size"})
+    _equal(f"{name}: area.type", area["type"], "raw")
+    _allowed_cipher(name, area["encryption"])
+    _equal(f"{name}: area.key_size", area["key_size"], VOLUME_KEY_SIZE)
+    _decimal(f"{name}: area.offset", area["offset"])
+    _decimal(f"{name}: area.size", area["size"])
+    af = _members(keyslot["af"], f"{name}: af", {"type", "stripes", "hash"})
+    _equal(f"{name}: af.type", af["type"], "luks1")
+    _equal(f"{name}: af.stripes", af["stripes"], STRIPES)
+    _one_of(f"{name}: af.hash", af["hash"], HASHES)
+    kdf = require_object(keyslot["kdf"], f"{name}: kdf")
+    kind = _one_of(f"{name}: kdf.type", kdf.get("type"), frozenset(KDFS))
+    _members(kdf, f"{name}: kdf", KDFS[str(kind)])
+    _one_of(f"{name}: kdf.hash", kdf.get("hash", "sha256"), HASHES)
+    # Costs are not bounded from below: an unlock key is 32 random bytes, and no KDF makes it better or worse.
+
+
+def _check_digest(keyslots: dict[str, Any], digests: dict[str, Any]) -> None:
+    """Require one digest that ties every keyslot to the segment: no keyslot may hold another key."""
+    if list(digests) != ["0"]:
+        raise refusal("luks.digests", "exactly one digest, 0", shown(list(digests)))
+    names = {"type", "keyslots", "segments", "hash", "iterations", "salt", "digest"}
+    digest = _members(digests["0"], "digest 0", names)
+    _equal("digest 0: type", digest["type"], "pbkdf2")
+    _one_of("digest 0: hash", digest["hash"], HASHES)
+    _equal("digest 0: segments", digest["segments"], ["0"])
+    tied = digest["keyslots"]
+    if (
+        not isinstance(tied, list)
+        or not all(isinstance(one, str) for one in tied)
+        or sorted(tied) != sorted(keyslots)
+    ):
+        raise refusal("luks.digests", f"a digest of keyslots {shown(sorted(keyslots))}", shown(tied))
+
+
+def _members(
+    value: object,
+    name: str,
+    required: frozenset[str] | set[str],
+    optional: frozenset[str] | set[str] = frozenset(),
+) -> dict[str, Any]:
+    members = require_object(value, name)
+    missing = sorted(required - set(members))
+    unknown = sorted(set(members) - required - optional)
+    if missing or unknown:
+        raise refusal(
+            "luks.members",
+            f"{name} with exactly {', '.join(sorted(required))}",
+            f"missing: {shown(missing)}, unknown: {shown(unknown)}",
+        )
+    return members
+
+
+def _allowed_cipher(name: str, value: object) -> None:
+    if not isinstance(value, str) or value not in ENCRYPTIONS:
+        raise refusal(
+            "luks.cipher",
+            f"{name} encrypted by {', '.join(sorted(ENCRYPTIONS))}",
+            shown(value),
+            "If nobody made this volume so, the host has changed its header: do not use the disk.",
+        )
+
+
+def _equal(name: str, value: object, expected: object) -> None:
+    # Types too: True is no 1 in JSON.
+    if type(value) is not type(expected) or value != expected:
+        raise refusal("luks.value", f"{name} {shown(expected)}", shown(value))
+
+
+def _one_of(name: str, value: object, allowed: frozenset[Any]) -> object:
+    if not isinstance(value, (str, int)) or isinstance(value, bool) or value not in allowed:
+        raise refusal("luks.value", f"{name} of {shown(sorted(allowed))}", shown(value))
+    return value
+
+
+def _decimal(name: str, value: object) -> int:
+    if not isinstance(value, str) or not _DECIMAL.fullmatch(value):
+        raise refusal("luks.value", f"{name} as a decimal number in a string", shown(value))
+    return int(value)
