@@ -50,9 +50,10 @@ def _volume(directory: Path, world: worlds.World) -> tuple[VolumeAt, bytes]:
     try:
         key = verifier.unlock_keys.make()
         uuid = disk.make_volume(image, key)
+        disk.seal(image, key)
         wrapped = verifier.unlock_keys.wrap(key, vm_id, uuid, 1)
         with verifier.store.write() as txn:
-            vms.add_volume(txn, vms.VolumeRow(vm_id, uuid, "active", wrapped, 1, 0, "bench-root", 0))
+            vms.add_volume(txn, vms.VolumeRow(vm_id, uuid, "active", wrapped, 1, 1, "bench-root", 0))
         return VolumeAt(uuid, "bench-root", image), verifier.keys.current
     finally:
         verifier.close()

@@ -140,7 +140,7 @@ class Owner:
         """Keep an unlock key."""
         wrapped = self.verifier.unlock_keys.wrap(unlock_key, vm_id, uuid, 1)
         with self.verifier.store.write() as txn:
-            vms.add_volume(txn, vms.VolumeRow(vm_id, uuid, "active", wrapped, 1, 0, "cryptroot", 0))
+            vms.add_volume(txn, vms.VolumeRow(vm_id, uuid, "active", wrapped, 1, 1, "cryptroot", 0))
 
     def accept_boot(self, vm_id: str, profile: str, boot: MeasuredBoot, boot_way: BootWay) -> None:
         """Make the PCRs of a boot reference values of the VM and its profile."""
@@ -265,6 +265,7 @@ def volume(tmp_path: Path) -> tuple[VolumeAt, bytes]:
     unlock_key = b"\x01an unlock key that is findable!"[:32].ljust(32, b"\xfe")
     image = tmp_path / "disk.img"
     uuid = disk.make_volume(image, unlock_key)
+    disk.seal(image, unlock_key)
     return VolumeAt(uuid, "cryptroot", image), unlock_key
 
 

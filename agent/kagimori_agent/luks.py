@@ -1,14 +1,14 @@
 """Open a volume with its unlock key: find the device, judge its header, then hand the key to cryptsetup.
 
 The key reaches cryptsetup through a pipe and no other way: not by argument, environment or file. It is written only
-once the header has passed ``luks_allowed`` (THREATS T1, T17).
+once the header was found authentic, and cryptsetup uses what was found so, from memory (THREATS T1, T17).
 
 cryptsetup's choices that matter:
 
 - The volume key goes to dm-crypt through the kernel keyring, as cryptsetup does by itself where it can: then the
   mapping's table holds a key's name, and `dmsetup table --showkeys` does not show the key. So no --disable-keyring.
-- Tokens in a header are the host's words. cryptsetup tries them before the key that it is given, so ``luks_allowed``
-  has refused them; --disable-external-tokens keeps it from loading libraries for them even so.
+- Tokens in a header are the host's words, and cryptsetup tries them before the key that it is given. The header in memory
+  has none; --disable-external-tokens keeps it from loading libraries for them even so.
 - Discards stay off, unless crypttab wants them: they tell the host which blocks are free.
 
 Import budget: ``subprocess``, ``selectors``, that of ``luks_header`` and that of ``config`` (loaded anyway).
@@ -21,17 +21,15 @@ import os
 import selectors
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Final
 
 from kagimori_agent.config import Volume
-from kagimori_agent.luks_allowed import check
-from kagimori_agent.luks_header import BINARY_SIZE, parse, probe, read
+from kagimori_agent.luks_header import claimed, guarded
 from kagimori_protocol.errors import DiskError, ImageError, KagimoriError, UsageError
+from kagimori_protocol.luks2_guard import KEY_SIZE
 
-KEY_SIZE: Final = 32
-"""Bytes of an unlock key."""
 DIRECTORIES: Final = (Path("/usr/sbin"), Path("/sbin"), Path("/usr/bin"), Path("/bin"))
 """Where cryptsetup is looked for; PATH is not asked."""
 ENVIRONMENT: Final = {"LC_ALL": "C", "PATH": ":".join(map(str, DIRECTORIES))}
@@ -87,17 +85,17 @@ def find_device(volume: Volume, root: Path = ROOT) -> Path:
     one, or another volume's. A device whose header is damaged counts, so that choosing is never guessing.
     """
     if volume.device is not None:
-        _require_uuid(volume, volume.device, probe(_start(volume.device)))
+        _require_uuid(volume, volume.device, claimed(volume.device))
         return volume.device
     seen: list[Path] = []
     candidates: list[Path] = []
     for device in _block_devices(root):
         try:
-            start = _start(device)
+            uuid = claimed(device)
         except DiskError:
             continue  # such as an empty drive: what cannot be read is not opened either
         seen.append(device)
-        if probe(start) == volume.uuid:
+        if uuid == volume.uuid:
             candidates.append(device)
     if len(candidates) == 1:
         return candidates[0]
@@ -118,22 +116,24 @@ def find_device(volume: Volume, root: Path = ROOT) -> Path:
     )
 
 
-def open_volume(  # noqa: PLR0913 - what, by what, and four things that a caller may want otherwise
+def open_volume(  # noqa: PLR0913 - what, by what, and what a caller may want otherwise
     volume: Volume,
     key: bytes | memoryview,
     *,
+    header_epoch: int,
     prove: bool,
     timeout_s: float,
+    say: Callable[[str], None],
     flags: Sequence[str] = (),
     root: Path = ROOT,
 ) -> str:
     """Open a volume and return "mapped"; with ``prove`` only try the key, map nothing, and return "proved".
 
-    ``timeout_s`` seconds are for all of it: a device that is not there yet is waited for. ``flags`` are cryptsetup's for
-    the mapping. A mapping that is active
-    already is refused, even under this name and UUID: a host can plant a volume with a copied UUID and its own
-    passphrase, and whoever opened it did not use our key (THREATS T2). Raises UsageError (size of the key), ImageError
-    (no device-mapper, no cryptsetup), DiskError (everything else).
+    ``header_epoch`` is the least that the header may be of. ``timeout_s`` seconds are for all of it: a device that is not
+    there yet is waited for. ``flags`` are cryptsetup's for the mapping. A mapping that is active already is refused, even
+    under this name and UUID: a host can plant a volume with a copied UUID and its own passphrase, and whoever opened it
+    did not use our key (THREATS T2). Raises UsageError (size of the key), ImageError (no device-mapper, no cryptsetup, no
+    memory), DiskError (everything else).
     """
     deadline = time.monotonic() + timeout_s
     if len(key) != KEY_SIZE:
@@ -148,19 +148,21 @@ def open_volume(  # noqa: PLR0913 - what, by what, and four things that a caller
         _require_unmapped(volume, root)
     device = _await_device(volume, root, deadline)
     # The header first, then the key.
-    header = check(parse(read(device)))
-    _require_uuid(volume, device, header.uuid)
-    arguments = [
-        str(cryptsetup()),
-        "open",
-        *("--type", "luks2"),
-        "--batch-mode",
-        "--disable-external-tokens",
-        *("--key-file", "-"),
-        *("--keyfile-size", str(KEY_SIZE)),
-        *(["--test-passphrase", str(device)] if prove else [*flags, str(device), volume.name]),
-    ]
-    code, messages = _run(arguments, key, deadline)
+    with guarded(device, volume.uuid, key, header_epoch) as (found, memory):
+        for note in found.notes:
+            say(f"{volume.name}: {note}")
+        arguments = [
+            str(cryptsetup()),
+            "open",
+            *("--type", "luks2"),
+            "--batch-mode",
+            "--disable-external-tokens",
+            *("--header", f"/proc/self/fd/{memory}"),
+            *("--key-file", "-"),
+            *("--keyfile-size", str(KEY_SIZE)),
+            *(["--test-passphrase", str(device)] if prove else [*flags, str(device), volume.name]),
+        ]
+        code, messages = _run(arguments, key, deadline, memory)
     if code != 0:
         raise _failure(volume, code, messages)
     if prove:
@@ -219,21 +221,6 @@ def _block_devices(root: Path) -> Iterator[Path]:
             todo="mount -t sysfs sysfs /sys",
         ) from error
     return (root / "dev" / name.replace("!", "/") for name in names)  # sysfs writes cciss/c0d0 as cciss!c0d0
-
-
-def _start(device: Path) -> bytes:
-    """Read where the binary header is. Raises DiskError."""
-    try:
-        with device.open("rb") as file:
-            return file.read(BINARY_SIZE)
-    except OSError as error:
-        raise DiskError(
-            f"{device} cannot be read.",
-            code="luks.read",
-            expected=f"a readable block device {device}",
-            found=str(error.strerror),
-            todo="See that the disk is attached, and that the agent runs as root.",
-        ) from error
 
 
 def _require_uuid(volume: Volume, device: Path, found: str | None) -> None:
@@ -301,8 +288,10 @@ def cryptsetup() -> Path:
     )
 
 
-def _run(arguments: list[str], key: bytes | memoryview, deadline: float) -> tuple[int, str]:
+def _run(arguments: list[str], key: bytes | memoryview, deadline: float, header: int) -> tuple[int, str]:
     """Run cryptsetup with the key on its standard input; give its exit code and the start of its messages.
+
+    It inherits the descriptor ``header``, at the same number.
 
     Raises DiskError if it has not ended by ``deadline``, and kills it then; ImageError if it cannot be started.
     """
@@ -315,6 +304,7 @@ def _run(arguments: list[str], key: bytes | memoryview, deadline: float) -> tupl
             bufsize=0,  # unbuffered, so that no copy of the key stays in a buffer
             cwd="/",
             env=ENVIRONMENT,
+            pass_fds=(header,),
         )
     except OSError as error:
         raise ImageError(

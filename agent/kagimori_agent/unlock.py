@@ -208,8 +208,10 @@ def _open(config: Config, keys: Keys, say: Callable[[str], None], *, prove: bool
         how = luks.open_volume(
             volume,
             key.unlock_key,
+            header_epoch=key.header_epoch,
             prove=prove,
             timeout_s=config.limits.cryptsetup_s,
+            say=say,
             flags=crypttab.flags(volume.name),
         )
         if not prove:

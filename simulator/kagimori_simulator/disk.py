@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 from typing import TYPE_CHECKING, Final
 
+from kagimori_protocol import luks2_change
 from kagimori_protocol.errors import ImageError
+from kagimori_protocol.luks2_guard import FIRST_EPOCH
+from kagimori_verifier import luks_enrol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +38,16 @@ def make_volume(path: Path, passphrase: bytes) -> str:
         secret=passphrase,
     )
     return _cryptsetup("luksUUID", str(path)).strip()
+
+
+def seal(path: Path, key: bytes, epoch: int = FIRST_EPOCH) -> None:
+    """Authenticate a volume's header by the unlock key that opens it, as `volume add` does. Raises KagimoriError."""
+    with luks_enrol.opened(path) as disk:
+        disk.write(
+            luks2_change.reseal(
+                disk.load(), luks_enrol.cryptsetup, key=key, epoch=epoch, salts=luks_enrol.salts()
+            )
+        )
 
 
 def _cryptsetup(*arguments: str, secret: bytes = b"") -> str:

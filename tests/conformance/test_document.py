@@ -104,7 +104,7 @@ def test_the_document_has_the_blocks_that_are_typed_here() -> None:
 @pytest.mark.slow
 def test_a_reader_who_types_what_the_document_says_gets_what_it_says(tmp_path: Path) -> None:
     """From an empty directory to keys: another agent with our verifier, of both kinds, and our agent with another verifier."""
-    for name in ("agent", "verifier"):
+    for name in ("agent", "verifier", "seal"):
         (tmp_path / f"my-{name}").symlink_to(HERE / f"independent_{name}.py")
     command = ["bash", "-eu", "-o", "pipefail", "-c", typed()]
     with (tmp_path / "told").open("wb") as told:

@@ -24,6 +24,7 @@ import pytest
 from sqlalchemy import select
 from tests.worlds import Enrolled, Owner, enrol_grub_vm
 
+from kagimori_simulator import disk
 from kagimori_simulator.amd import AmdRoot
 from kagimori_simulator.world import VolumeAt
 from kagimori_verifier.keystore.kek import FileKek
@@ -127,6 +128,7 @@ def _slow_volume(path: Path, key: bytes) -> VolumeAt:
     command += ["--pbkdf-force-iterations", SLOW_KEYSLOT, "--key-file", "-", str(path)]
     subprocess.run(command, input=key, check=True, timeout=UNLOCK_S)
     uuid = subprocess.run(["cryptsetup", "luksUUID", path], capture_output=True, check=True).stdout.decode()
+    disk.seal(path, key)
     return VolumeAt(uuid.strip(), "cryptroot", path)
 
 

@@ -21,8 +21,7 @@ from tests.fuzz.targets import messages as message_target
 from tests.fuzz.targets.names import NAMES, load
 from tests.unit.luks import headers
 
-from kagimori_agent import luks_header
-from kagimori_protocol import certificate_table, messages, snp
+from kagimori_protocol import certificate_table, luks2_layout, messages, snp
 from kagimori_verifier.verify import certificate, eventlog_layout
 
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "fuzzing.md"
@@ -67,7 +66,7 @@ def test_the_largest_inputs_are_those_that_the_product_lets_through() -> None:
     assert BOUNDS["x509"].largest == certificate.MAX_CERTIFICATE + hidden
     assert BOUNDS["eventlog"].largest == eventlog_layout.MAX_SIZE >= messages.MAX_EVENT_LOG
     assert BOUNDS["messages"].largest == messages.MAX_BODY + hidden
-    assert BOUNDS["luks"].largest == 2 * luks_header.SIZES[-1] + hidden
+    assert BOUNDS["luks"].largest == 2 * luks2_layout.SIZES[-1] + hidden
     assert all(0 < bound.fuzzed <= bound.largest for bound in BOUNDS.values())
     assert set(BOUNDS) == set(NAMES)
 
@@ -99,7 +98,7 @@ def numbers(size: int) -> bytes:
 
 def header(size: int) -> bytes:
     """Write a LUKS2 header of which ``size`` bytes are JSON, all of it small objects."""
-    return bytes([luks.BYTES]) + headers.header(luks.dear(size)["small objects"], luks_header.SIZES[3])
+    return bytes([luks.BYTES]) + headers.header(luks.dear(size)["small objects"], luks2_layout.SIZES[3])
 
 
 def table(size: int) -> bytes:
@@ -113,7 +112,7 @@ def table(size: int) -> bytes:
         pytest.param(eventlog.TARGET, nested_events, 1 << 18, marks=pytest.mark.slow),
         (eventlog.TARGET, one_path, 1 << 18),
         (message_target.TARGET, numbers, 1 << 19),
-        (luks.TARGET, header, luks_header.MAX_JSON // 2),
+        (luks.TARGET, header, luks2_layout.MAX_JSON // 2),
         (certificates.TARGET, table, 1 << 15),
     ],
     ids=["events", "path", "numbers", "luks", "table"],

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import pytest
+from tests import volumes
 
+from kagimori_protocol import luks2_change
 from kagimori_protocol.errors import DiskError, KagimoriError, OperatorError
 from kagimori_simulator import disk
 from kagimori_verifier import enrolment, ledger, luks_enrol
@@ -31,6 +34,11 @@ class Desk:
     store: Store
     image: Path
 
+    @property
+    def backup(self) -> Path:
+        """Where the header goes as it was."""
+        return self.image.with_name("header-before")
+
     def add(self, *, passphrase: bytes = PASSPHRASE, label: str = "cryptroot") -> VolumeRow:
         """Enrol the image."""
         return enrolment.add_volume(
@@ -40,7 +48,22 @@ class Desk:
             device=self.image,
             label=label,
             passphrase=passphrase,
+            backup=self.backup,
             at_s=1,
+        )
+
+    def reseal(self, *, restored: bool = False, number: int = 0) -> VolumeRow:
+        """Seal the header of the one volume as it is now."""
+        (row,) = self.rows()
+        return enrolment.reseal_volume(
+            self.store,
+            KEK,
+            vm_id="web1",
+            uuid=row.uuid,
+            device=self.image,
+            backup=self.image.with_name(f"header-before-{number}"),
+            at_s=2,
+            restored=restored,
         )
 
     def rows(self) -> tuple[VolumeRow, ...]:
@@ -109,16 +132,15 @@ def test_a_volume_is_active_once_its_own_key_has_opened_it(desk: Desk) -> None:
     """The kept key, unwrapped, opens the volume beside the passphrase, and the ledger has a line."""
     row = desk.add()
     assert row.state == "active"
-    assert luks_enrol.opens(desk.image, desk.key())
-    assert luks_enrol.opens(desk.image, PASSPHRASE)
+    assert volumes.opens(desk.image, desk.key())
+    assert volumes.opens(desk.image, PASSPHRASE)
     assert desk.events() == ["volume-added"]
 
 
 def test_the_new_keyslot_is_cheap_and_tried_first(desk: Desk) -> None:
     """Each boot would pay for the slow derivation of a passphrase otherwise."""
     desk.add()
-    header = luks_enrol._output(desk.image, "luksDump", "--", str(desk.image)).decode()
-    slot = header.partition("  1: luks2")[2].partition("  2: luks2")[0]
+    slot = volumes.dump(desk.image).partition("  1: luks2")[2].partition("  2: luks2")[0]
     assert "Priority:   preferred" in slot
     assert "PBKDF:      pbkdf2" in slot
     assert "Iterations: 1000" in slot
@@ -136,39 +158,109 @@ def test_a_wrong_passphrase_leaves_header_and_database_as_they_were(desk: Desk) 
     assert desk.image.read_bytes() == before
 
 
-def test_a_keyslot_that_does_not_prove_is_taken_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keyslot goes first, then the row: no keyslot stays whose key is forgotten."""
-    monkeypatch.setattr(enrolment, "_prove", _failing)
-    with pytest.raises(DiskError):
+def test_the_header_is_sealed_and_the_old_one_is_kept(desk: Desk) -> None:
+    """What is kept brings back the header as it was, by cryptsetup alone; nobody else may read it."""
+    before = desk.image.read_bytes()
+    row = desk.add()
+    assert row.header_epoch == 1
+    with luks_enrol.opened(desk.image) as opened:
+        sealed = luks2_change.sealed_by(opened.load(), desk.key())
+    assert sealed is not None
+    assert (sealed.slot, sealed.epoch) == ("1", 1)
+    assert desk.backup.stat().st_mode & 0o777 == 0o600
+    command = ["cryptsetup", "luksHeaderRestore", "--batch-mode", str(desk.image)]
+    subprocess.run([*command, "--header-backup-file", str(desk.backup)], check=True)
+    assert volumes.keyslots(desk.image) == {0}
+    assert desk.image.read_bytes()[: 16 << 20] == before[: 16 << 20]
+
+
+def test_a_file_that_is_there_is_not_written_over_and_the_header_stays(desk: Desk) -> None:
+    """It may be the only copy of an older header."""
+    before = desk.image.read_bytes()
+    desk.backup.write_bytes(b"another header")
+    with pytest.raises(OperatorError) as caught:
         desk.add()
-    assert luks_enrol.keyslots(desk.image) == {0}
-    assert luks_enrol.opens(desk.image, PASSPHRASE)
+    assert caught.value.code == "volume.backup"
+    assert desk.backup.read_bytes() == b"another header"
+    assert desk.image.read_bytes() == before
     assert desk.rows() == ()
 
 
-def test_a_key_stays_where_its_keyslot_cannot_be_taken_back(
+def test_a_keyslot_that_does_not_prove_never_reaches_the_disk(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It was made in memory, and is gone with it."""
+    before = desk.image.read_bytes()
+    monkeypatch.setattr(luks2_change, "prove", _failing)
+    with pytest.raises(DiskError):
+        desk.add()
+    assert desk.image.read_bytes() == before
+    assert desk.rows() == ()
+
+
+def test_a_key_stays_where_writing_has_begun_and_failed(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row stays ``adding``, and the same command completes it."""
     with monkeypatch.context() as patch:
-        patch.setattr(enrolment, "_prove", _failing)
-        patch.setattr(luks_enrol, "remove_keyslots", _failing)
+        patch.setattr(luks_enrol, "_write", _failing)
         with pytest.raises(DiskError) as caught:
             desk.add()
-    assert "adding" in (caught.value.todo or "")
+    assert str(desk.backup) in (caught.value.todo or "")
     assert [row.state for row in desk.rows()] == ["adding"]
+    desk.backup.unlink()
     assert desk.add().state == "active"
-    assert luks_enrol.keyslots(desk.image) == {0, 1}
+    assert volumes.keyslots(desk.image) == {0, 1}
+
+
+def test_a_header_that_another_program_changes_meanwhile_is_left_alone(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its change would be lost."""
+    keep = luks_enrol.keep
+
+    def meanwhile(change: luks2_change.Change, path: Path) -> None:
+        keep(change, path)
+        with desk.image.open("r+b") as file:
+            file.seek(16384 + 16)
+            file.write(b"\xff")
+
+    monkeypatch.setattr(luks_enrol, "keep", meanwhile)
+    with pytest.raises(DiskError) as caught:
+        desk.add()
+    assert caught.value.code == "volume.changed"
+    assert desk.rows() == ()
+    with luks_enrol.opened(desk.image), pytest.raises(DiskError) as caught:
+        desk.add()
+    assert caught.value.code == "volume.busy"
+
+
+def _with_the_last_write_missing(desk: Desk, patch: pytest.MonkeyPatch) -> None:
+    """Let a run end before the primary copy is written."""
+    write = luks_enrol._write
+
+    def cut(file: int, offset: int, data: bytes) -> None:
+        if offset == 0:
+            raise _Killed
+        write(file, offset, data)
+
+    patch.setattr(luks_enrol, "_write", cut)
+    with pytest.raises(_Killed):
+        desk.add()
 
 
 @pytest.mark.parametrize(
     ("room", "name", "slots"),
     [
-        (luks_enrol, "add_keyslot", {0}),
-        (enrolment, "_prove", {0, 1}),
+        (luks_enrol, "keep", {0}),
+        (luks_enrol, "_write", {0}),
+        (luks2_change, "prove", {0}),
         (ledger, "append", {0, 1}),
     ],
-    ids=["before the keyslot", "after the keyslot", "in the last transaction"],
+    ids=[
+        "before the old header is kept",
+        "before the first write",
+        "before the proof",
+        "in the last transaction",
+    ],
 )
 def test_killed_at_any_point_the_same_command_completes_it_with_the_same_key(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, room: object, name: str, slots: set[int]
@@ -178,14 +270,76 @@ def test_killed_at_any_point_the_same_command_completes_it_with_the_same_key(
         patch.setattr(room, name, _killed)
         with pytest.raises(_Killed):
             desk.add()
-    assert luks_enrol.keyslots(desk.image) == slots
+    assert volumes.keyslots(desk.image) == slots
     assert [row.state for row in desk.rows()] == ["adding"]
     key = desk.key()
+    desk.backup.unlink(missing_ok=True)
     assert desk.add().state == "active"
     assert desk.key() == key
-    assert luks_enrol.keyslots(desk.image) == {0, 1}
-    assert luks_enrol.opens(desk.image, key)
+    assert volumes.keyslots(desk.image) == {0, 1}
+    assert volumes.opens(desk.image, key)
     assert desk.events() == ["volume-added"]
+
+
+def test_killed_between_two_copies_of_the_header_the_same_command_completes_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer copy is whole, so the volume opens by it; both are whole after the next run."""
+    with monkeypatch.context() as patch:
+        _with_the_last_write_missing(desk, patch)
+    key = desk.key()
+    with luks_enrol.opened(desk.image) as opened:
+        image = opened.load()
+        assert image.whole == {16384}
+        luks2_change.prove(image, luks_enrol.cryptsetup, key, 1)
+    assert desk.add().state == "active"
+    assert desk.key() == key
+
+
+def test_a_volume_of_a_release_that_did_not_seal_is_sealed_on_request(desk: Desk) -> None:
+    """Its keyslot stays, its header gets a token, and from then on an older header is refused."""
+    row = desk.add()
+    command = ["cryptsetup", "token", "remove", "--token-id", "0", str(desk.image)]
+    subprocess.run(command, check=True)
+    with desk.store.write() as txn:
+        vms.set_header_epoch(txn, "web1", row.uuid, row.version, 0)
+    assert desk.reseal().header_epoch == 1
+    assert [one.header_epoch for one in desk.rows()] == [1]
+    assert volumes.keyslots(desk.image) == {0, 1}
+    assert desk.events() == ["volume-resealed", "volume-added"]
+
+
+def test_an_old_header_is_sealed_only_by_who_says_that_he_restored_it(desk: Desk) -> None:
+    """Otherwise a host shows it and has it made new, with the keyslots that the owner has removed since."""
+    desk.add()
+    old = desk.image.read_bytes()[: 16 << 20]
+    assert desk.reseal(number=1).header_epoch == 2
+    assert desk.reseal(number=2).header_epoch == 3
+    with desk.image.open("r+b") as file:
+        file.write(old)
+    with pytest.raises(DiskError) as caught:
+        desk.reseal(number=3)
+    assert caught.value.code == "volume.epoch"
+    assert [one.header_epoch for one in desk.rows()] == [3]
+    assert desk.reseal(restored=True, number=4).header_epoch == 4
+
+
+def test_what_cannot_be_sealed_is_named(desk: Desk, formatted: Path) -> None:
+    """Another volume, one whose keyslot is gone, one that is not enrolled."""
+    desk.add()
+    subprocess.run(["cryptsetup", "luksKillSlot", "-q", str(desk.image), "1"], check=True)
+    with pytest.raises(DiskError) as caught:
+        desk.reseal()
+    assert caught.value.code == "volume.prove"
+    disk.make_volume(desk.image, PASSPHRASE)
+    with pytest.raises(DiskError) as caught:
+        desk.reseal()
+    assert caught.value.code == "volume.other"
+    with pytest.raises(OperatorError) as missing:
+        enrolment.reseal_volume(
+            desk.store, KEK, vm_id="web1", uuid="no", device=desk.image, backup=desk.backup, at_s=0
+        )
+    assert missing.value.code == "volume.unknown"
 
 
 def test_a_volume_removed_meanwhile_is_not_called_active(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +350,7 @@ def test_a_volume_removed_meanwhile_is_not_called_active(desk: Desk, monkeypatch
             for row in vms.volumes(txn, "web1", state=None):
                 vms.remove_volume(txn, "web1", row.uuid, row.version)
 
-    monkeypatch.setattr(enrolment, "_prove", removed)
+    monkeypatch.setattr(luks2_change, "prove", removed)
     with pytest.raises(OperatorError) as caught:
         desk.add()
     assert caught.value.code == "volume.removed"
@@ -209,7 +363,7 @@ def test_an_enrolled_volume_is_not_enrolled_again(desk: Desk) -> None:
     with pytest.raises(OperatorError) as caught:
         desk.add()
     assert caught.value.code == "volume.exists"
-    assert luks_enrol.keyslots(desk.image) == {0, 1}
+    assert volumes.keyslots(desk.image) == {0, 1}
 
 
 @pytest.mark.parametrize("taken", ["cryptroot", "control"])
@@ -221,7 +375,7 @@ def test_two_volumes_of_a_vm_have_two_names(desk: Desk, formatted: Path, taken: 
     with pytest.raises(OperatorError) as caught:
         Desk(desk.store, other).add(label=taken)
     assert caught.value.code == "volume.name"
-    assert luks_enrol.keyslots(other) == {0}
+    assert volumes.keyslots(other) == {0}
 
 
 @pytest.mark.parametrize("kind", ["no file", "an empty file", "noise", "a directory", "LUKS1"])
@@ -238,16 +392,16 @@ def test_what_is_no_luks2_volume_is_named(desk: Desk, kind: str) -> None:
     make[kind]()
     with pytest.raises(DiskError) as caught:
         Desk(desk.store, path).add()
-    assert caught.value.code == "volume.luks2"
+    assert caught.value.code == ("volume.device" if kind in {"no file", "a directory"} else "volume.luks2")
     assert desk.rows() == ()
 
 
 def test_a_device_named_like_an_option_is_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing in a path is taken for an option of cryptsetup."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DiskError) as caught:
-        luks_enrol.luks2_uuid(Path("--help"))
-    assert caught.value.code == "volume.luks2"
+    with pytest.raises(DiskError) as caught, luks_enrol.opened(Path("--help")):
+        pass
+    assert caught.value.code == "volume.device"
 
 
 def test_cryptsetup_is_not_looked_for_in_path(
@@ -285,7 +439,7 @@ def test_a_cryptsetup_that_hangs_is_ended_and_nothing_is_lost(
         desk.add()
     assert caught.value.code == "volume.timeout"
     assert desk.rows() == ()
-    assert luks_enrol.keyslots(desk.image) == {0}
+    assert volumes.keyslots(desk.image) == {0}
 
 
 def test_secrets_reach_cryptsetup_by_pipe_only(
@@ -310,7 +464,7 @@ def test_secrets_reach_cryptsetup_by_pipe_only(
 
 def test_no_error_of_enrolment_carries_a_secret(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors are printed and logged."""
-    monkeypatch.setattr(enrolment, "_prove", _failing)
+    monkeypatch.setattr(luks2_change, "prove", _failing)
     errors: list[KagimoriError] = []
     for passphrase in (b"another passphrase", PASSPHRASE):
         with pytest.raises(KagimoriError) as caught:

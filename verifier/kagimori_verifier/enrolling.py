@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from kagimori_protocol import enrol_code, signature
 from kagimori_protocol.enrol_code import EnrolCode
 from kagimori_protocol.errors import NotAuthentic, OperatorError
+from kagimori_protocol.luks2_guard import FIRST_EPOCH
 from kagimori_protocol.messages import Check
 from kagimori_verifier import ledger
 from kagimori_verifier.decision import Allow, Deny
@@ -38,8 +39,6 @@ CODE_S: Final = 24 * 3600
 """How long a code is good, in seconds, unless its owner says otherwise."""
 STAGED_S: Final = 7 * 24 * 3600
 """How long a key waits for the Confirm of its enrolment, in seconds: then the next enrolment or code drops it."""
-FIRST_EPOCH: Final = 1
-"""The header epoch of a volume that is enrolled: its header has a MAC from the first moment on."""
 
 
 def make_code(txn: Txn, vm_id: str, at_s: int, life_s: int = CODE_S) -> tuple[EnrolCode, CodeRow]:

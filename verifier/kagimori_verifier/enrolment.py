@@ -2,18 +2,21 @@
 
 ::
 
-    keep the key, wrapped (adding)  ->  add a keyslot  ->  prove that it opens  ->  active, and the ledger's line
+    keep the key, wrapped (adding)  ->  the new header, proved in memory  ->  keep the old header  ->  write the new one
+    ->  active, and the ledger's line
 
 Killed at any point, either nothing has changed, or ``volume list`` shows ``adding`` and the same verb completes it with
-the same key. A failure takes back what it did: the keyslot first, then the row, so that no keyslot stays whose key is
-forgotten.
+the same key. What fails before the first byte is written leaves nothing behind.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from kagimori_protocol.errors import DiskError, OperatorError
+from kagimori_protocol import luks2_change
+from kagimori_protocol.errors import DiskError, KagimoriError, OperatorError
+from kagimori_protocol.luks2_guard import FIRST_EPOCH
 from kagimori_verifier import ledger, luks_enrol
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.store import enrolments, vms
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from kagimori_protocol.luks2_change import Change, Image
     from kagimori_verifier.store import Store, Txn
 
 FIRST_VERSION: Final = 1
@@ -34,26 +38,39 @@ RESERVED: Final = "control"
 
 
 def add_volume(  # noqa: PLR0913 - what one volume consists of, by name only
-    store: Store, kek: bytes, *, vm_id: str, device: Path, label: str, passphrase: bytes, at_s: int
+    store: Store,
+    kek: bytes,
+    *,
+    vm_id: str,
+    device: Path,
+    label: str,
+    passphrase: bytes,
+    backup: Path,
+    at_s: int,
 ) -> VolumeRow:
-    """Make an unlock key, keep it, add a keyslot for it, prove it; returns the active volume.
+    """Make an unlock key, keep it, give it a keyslot with its token; returns the active volume.
 
-    ``passphrase`` opens an existing keyslot; ``label`` is the mapping's name in the VM. Raises DiskError and
-    OperatorError; header and database are then as before, or the error says what is not.
+    ``passphrase`` opens an existing keyslot; ``label`` is the mapping's name in the VM; ``backup`` is the new file that the
+    header goes to as it was. Raises DiskError and OperatorError; header and database are then as before, or the error
+    says what is not.
     """
-    uuid = luks_enrol.luks2_uuid(device)
-    before = luks_enrol.keyslots(device)
     unlock_keys = UnlockKeys(kek)
-    with store.write() as txn:
-        row, resumed = _kept(txn, unlock_keys, vm_id, uuid, label, at_s)
-    key = unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
-    # An interrupted run may have come as far as the keyslot. As long as that is not known, its row stays.
-    if not (resumed and luks_enrol.opens(device, key)):
+    with luks_enrol.opened(device) as disk:
+        image = disk.load()
+        uuid = image.header.uuid
+        with store.write() as txn:
+            row, resumed = _kept(txn, unlock_keys, vm_id, uuid, label, at_s)
+        key = unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
         try:
-            luks_enrol.add_keyslot(device, passphrase, key)
-            _prove(device, key)
-        except DiskError as error:
-            _take_back(store, row, device, before, error)
+            change = _to_add(image, key, passphrase, resumed=resumed)
+            if change is not None:
+                luks_enrol.keep(change, backup)
+                disk.write(change)
+        except KagimoriError as error:
+            if disk.touched:
+                raise _half_done(error, backup) from error
+            if not resumed:
+                _take_back(store, row)
             raise
     with store.write() as txn:
         if not any(one == row for one in vms.volumes(txn, vm_id, state="adding")):
@@ -62,12 +79,110 @@ def add_volume(  # noqa: PLR0913 - what one volume consists of, by name only
                 code="volume.removed",
                 expected=f"volume {uuid} of {vm_id} in state adding",
                 found="none",
-                todo=f"Remove the new keyslot: cryptsetup luksKillSlot {device} NUMBER.",
+                todo=f"Bring the old header back: cryptsetup luksHeaderRestore {device} --header-backup-file {backup}.",
             )
         vms.set_volume_state(txn, vm_id, uuid, row.version, "active")
-        body = {"uuid": uuid, "name": row.label, "version": row.version}
+        body = {"uuid": uuid, "name": row.label, "version": row.version, "header_epoch": row.header_epoch}
         ledger.append(txn, at_s=at_s, event="volume-added", vm_id=vm_id, session=None, body=body)
         return next(one for one in vms.volumes(txn, vm_id) if one.uuid == uuid)
+
+
+def reseal_volume(  # noqa: PLR0913 - as above
+    store: Store,
+    kek: bytes,
+    *,
+    vm_id: str,
+    uuid: str,
+    device: Path,
+    backup: Path,
+    at_s: int,
+    restored: bool = False,
+) -> VolumeRow:
+    """Authenticate a volume's header as it is now, with the next epoch; returns the volume.
+
+    The header is the owner's word: what the allow-list takes is sealed. A header that this key has sealed before and that
+    is older than the one expected is refused unless ``restored``: the host may show it to have it sealed. Raises
+    DiskError and OperatorError; header and database are then as before, or the error says what is not.
+    """
+    with store.read() as txn:
+        row = _active(txn, vm_id, uuid)
+    key = UnlockKeys(kek).unwrap(row.wrapped, vm_id, uuid, row.version)
+    with luks_enrol.opened(device) as disk:
+        image = disk.load()
+        if image.header.uuid != uuid:
+            raise DiskError(
+                f"{device} is another volume.",
+                code="volume.other",
+                expected=f"a LUKS2 header with UUID {uuid}",
+                found=image.header.uuid,
+            )
+        sealed = luks2_change.sealed_by(image, key)
+        if sealed is not None and sealed.epoch < row.header_epoch and not restored:
+            raise DiskError(
+                f"{device} has an old header.",
+                code="volume.epoch",
+                expected=f"a header of epoch {row.header_epoch} or later",
+                found=f"epoch {sealed.epoch}",
+                todo="If you restored it from a backup yourself, say so by --restored.",
+            )
+        epoch = max(row.header_epoch, sealed.epoch if sealed else 0) + 1
+        change = luks2_change.reseal(
+            image, luks_enrol.cryptsetup, key=key, epoch=epoch, salts=luks_enrol.salts()
+        )
+        luks_enrol.keep(change, backup)
+        try:
+            disk.write(change)
+        except DiskError as error:
+            raise (_half_done(error, backup) if disk.touched else error) from error
+    # The header first: one that is newer than expected opens, one that is older does not.
+    with store.write() as txn:
+        if not any(one == row for one in vms.volumes(txn, vm_id)):
+            raise OperatorError(
+                f"Volume {uuid} was changed while its header was being sealed.",
+                code="volume.removed",
+                expected=f"volume {uuid} of {vm_id} as it was",
+                found="another, or none",
+                todo="Look at `kagimori-verifier volume list`, then run the command again.",
+            )
+        vms.set_header_epoch(txn, vm_id, uuid, row.version, epoch)
+        body = {"uuid": uuid, "header_epoch": epoch, "restored": restored}
+        ledger.append(txn, at_s=at_s, event="volume-resealed", vm_id=vm_id, session=None, body=body)
+    return replace(row, header_epoch=epoch)
+
+
+def _to_add(image: Image, key: bytes, passphrase: bytes, *, resumed: bool) -> Change | None:
+    """Plan what is left to do: None where an interrupted run has come as far as the sealed header."""
+    run, salts = luks_enrol.cryptsetup, luks_enrol.salts()
+    if resumed and luks2_change.sealed_by(image, key) is not None:
+        luks2_change.prove(image, run, key, FIRST_EPOCH)
+        return None
+    if resumed and luks2_change.slot_of(image, run, key) is not None:
+        return luks2_change.reseal(image, run, key=key, epoch=FIRST_EPOCH, salts=salts)
+    return luks2_change.add_key(image, run, passphrase=passphrase, key=key, epoch=FIRST_EPOCH, salts=salts)
+
+
+def _active(txn: Txn, vm_id: str, uuid: str) -> VolumeRow:
+    for one in vms.volumes(txn, vm_id):
+        if one.uuid == uuid:
+            return one
+    raise OperatorError(
+        f"{vm_id} has no active volume {uuid}.",
+        code="volume.unknown",
+        expected="a volume that is enrolled",
+        found="none",
+        todo="`kagimori-verifier volume list` shows the volumes.",
+    )
+
+
+def _half_done(error: KagimoriError, backup: Path) -> KagimoriError:
+    """Say what is so where writing has begun and failed: the header is the old or the new one, and no key is lost."""
+    return DiskError(
+        error.what,
+        code=error.code,
+        expected=error.expected,
+        found=error.found,
+        todo=f"The volume opens as before, or as intended. Run the same command again; the old header is in {backup}.",
+    )
 
 
 def _kept(  # noqa: PLR0913 - a row's columns
@@ -90,7 +205,7 @@ def _kept(  # noqa: PLR0913 - a row's columns
             )
     require_place(others, vm_id, label)
     wrapped = unlock_keys.wrap(unlock_keys.make(), vm_id, uuid, FIRST_VERSION)
-    row = VolumeRow(vm_id, uuid, "adding", wrapped, FIRST_VERSION, 0, label, at_s)
+    row = VolumeRow(vm_id, uuid, "adding", wrapped, FIRST_VERSION, FIRST_EPOCH, label, at_s)
     vms.add_volume(txn, row)
     enrolments.add(txn, EnrolledRow(vm_id, uuid, FIRST_VERSION, "owner-machine", None, explained=True))
     return row, False
@@ -115,28 +230,7 @@ def require_place(others: Sequence[VolumeRow], vm_id: str, label: str) -> None:
         )
 
 
-def _prove(device: Path, key: bytes) -> None:
-    if not luks_enrol.opens(device, key):
-        raise DiskError(
-            f"{device} does not open with the key that was just added.",
-            code="volume.prove",
-            expected="cryptsetup to open it",
-            found="no keyslot with this key",
-            todo="Look at the device's health; its older keyslots are untouched.",
-        )
-
-
-def _take_back(store: Store, row: VolumeRow, device: Path, before: frozenset[int], error: DiskError) -> None:
-    """Remove the keyslot that a failed run has added, then the row. Raises DiskError if the keyslot has to stay."""
-    try:
-        luks_enrol.remove_keyslots(device, luks_enrol.keyslots(device) - before)
-    except DiskError as kept:
-        raise DiskError(
-            f"{error.what} What was begun could not be taken back: {kept.what}",
-            code=error.code,
-            expected=error.expected,
-            found=error.found,
-            todo="The volume stays in state adding, so that no key is lost. Run the same command again.",
-        ) from error
+def _take_back(store: Store, row: VolumeRow) -> None:
+    """Forget a key that no keyslot has."""
     with store.write() as txn:
         vms.remove_volume(txn, row.vm_id, row.uuid, row.version)

@@ -1,154 +1,170 @@
-"""What enrolment asks of cryptsetup: keyslots of a LUKS2 header, on the owner's machine.
+"""Run cryptsetup on the owner's machine, and write headers to a device, for ``luks2_change``.
 
-Secrets reach it through pipes only, never by argument, environment or file. The program is looked for in fixed
-directories and gets a minimal environment, since whoever enrols is often root.
+Secrets go through pipes: never by argument, environment or file. cryptsetup works on a header in memory, is looked for in
+fixed directories and gets a minimal environment, since whoever enrols is often root.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import stat
 import subprocess
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-
+from kagimori_protocol import luks2_change
 from kagimori_protocol.errors import DiskError, OperatorError
-from kagimori_protocol.messages import Uuid
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from kagimori_protocol.luks2_change import Change, Image, Pieces, Salts
 
 CRYPTSETUP_S: Final = 120
 """How long one call may take: an existing keyslot's derivation may want seconds on a small machine."""
 SEARCH: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
+BACKUP_MODE: Final = 0o600
+"""A header with an old passphrase opens the volume for ever."""
 
-FAST_KEYSLOT: Final = ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000")
-"""The unlock key is 32 uniform random bytes, so a slow derivation buys nothing: there is no guess that it could slow
-down. The least that cryptsetup takes saves a second and a gigabyte at each boot."""
-
-_NO_KEY: Final = 2
 _MEANINGS: Final = {
     1: "it did not accept the parameters",
-    _NO_KEY: "no keyslot opens with this passphrase",
+    luks2_change.NO_KEY: "no keyslot opens with this passphrase",
     3: "it ran out of memory",
     4: "the device cannot be used",
     5: "the device is in use",
 }
+_NO_LUKS2: Final = frozenset({"luks.magic", "luks.version"})
+_BLOCK: Final = 4096
 
 
-class _Header(msgspec.Struct, frozen=True):
-    """The part of a LUKS2 header's JSON that is looked at here."""
+class Disk:
+    """A device or image whose header is worked on; nobody else's cryptsetup writes it meanwhile if it is a file."""
 
-    keyslots: dict[str, msgspec.Raw]
-    tokens: dict[str, msgspec.Raw]
+    def __init__(self, path: Path, file: int) -> None:
+        """Take a descriptor that is open for reading."""
+        self._path = path
+        self._file = file
+        self._size = os.lseek(file, 0, os.SEEK_END)
+        self.touched = False
+        """Whether writing has begun."""
+
+    def load(self) -> Image:
+        """Read header and keyslots. Raises DiskError."""
+        try:
+            return luks2_change.load(self.read, self._size)
+        except DiskError as error:
+            if error.code not in _NO_LUKS2:
+                raise
+            raise DiskError(
+                f"{self._path} is no LUKS2 volume.",
+                code="volume.luks2",
+                expected="a device or image with a LUKS2 header",
+                found=error.found,
+                todo="`cryptsetup convert --type luks2` turns a LUKS1 header into one.",
+            ) from error
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read bytes, fewer where the device ends. Raises DiskError."""
+        data = bytearray()
+        try:
+            while len(data) < size and (part := os.pread(self._file, size - len(data), offset + len(data))):
+                data += part
+        except OSError as error:
+            raise failed(self._path, "read", str(error.strerror)) from error
+        return bytes(data)
+
+    def write(self, change: Change) -> None:
+        """Write a change whose ``before`` is kept. Raises DiskError; ``touched`` tells whether writing had begun."""
+        luks2_change.require_unchanged(change, self.read)
+        try:
+            file = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise failed(self._path, "written", str(error.strerror)) from error
+        self.touched = True
+        try:
+            luks2_change.apply(change, lambda offset, data: _write(file, offset, data))
+        except OSError as error:
+            raise failed(self._path, "written", str(error.strerror)) from error
+        finally:
+            os.close(file)
 
 
-def luks2_uuid(device: Path) -> str:
-    """Read the UUID of a LUKS2 header, in the form that agents ask by. Raises DiskError."""
-    if not device.exists():
-        raise _failed(device, "there", "volume.luks2", "a device or image", "no such file")
-    if _run(device, "isLuks", "--type", "luks2", "--", str(device)).returncode != 0:
-        raise DiskError(
-            f"{device} is no LUKS2 volume.",
-            code="volume.luks2",
-            expected="a device or image with a LUKS2 header",
-            found="none",
-            todo="`cryptsetup convert --type luks2` turns a LUKS1 header into one.",
-        )
-    found = _output(device, "luksUUID", "--", str(device)).decode(errors="replace").strip()
+@contextmanager
+def opened(path: Path) -> Iterator[Disk]:
+    """Open a device or image. Raises DiskError."""
     try:
-        return msgspec.convert(found, Uuid)
-    except msgspec.ValidationError as error:
-        raise DiskError(
-            f"{device} has another kind of UUID.",
-            code="volume.uuid",
-            expected="a UUID in lower case",
-            found=ascii(found[:80]),
-            todo="`cryptsetup luksUUID --uuid` gives it one.",
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise failed(path, "opened", str(error.strerror)) from error
+    try:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise failed(path, "opened", "a directory")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as cryptsetup does on files
+        except OSError as error:
+            raise DiskError(
+                f"{path} is being worked on.",
+                code="volume.busy",
+                expected="a device that nobody else changes",
+                found=str(error.strerror),
+                todo="Wait until the other program (cryptsetup, another enrolment) has ended.",
+            ) from error
+        yield Disk(path, file)
+    finally:
+        os.close(file)
+
+
+def salts() -> Salts:
+    """Make the salts of a header."""
+    return os.urandom(64), os.urandom(64)
+
+
+def keep(change: Change, path: Path) -> None:
+    """Keep the header as it was, so that `cryptsetup luksHeaderRestore` can bring it back. Raises OperatorError.
+
+    Never over a file that is there.
+    """
+    raw = change.before.raw
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, BACKUP_MODE)
+        try:
+            for at in range(0, len(raw), _BLOCK):
+                if any(
+                    block := raw[at : at + _BLOCK]
+                ):  # most of it is zeros, which a sparse file need not hold
+                    os.pwrite(file, block, at)
+            os.ftruncate(file, len(raw))
+            os.fsync(file)
+        finally:
+            os.close(file)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise OperatorError(
+            "The header as it was cannot be kept, so it is not changed.",
+            code="volume.backup",
+            expected=f"a new file {path}",
+            found=str(error.strerror),
+            todo="Name another file by --backup.",
         ) from error
 
 
-def keyslots(device: Path) -> frozenset[int]:
-    """List the numbers of the keyslots in use. Raises DiskError, also for a header with tokens.
-
-    cryptsetup tries tokens before the key that it is given, so that a passphrase in this machine's keyring would pass for
-    the key; and agents open no volume that has any.
-    """
-    text = _output(device, "luksDump", "--dump-json-metadata", "--", str(device))
-    try:
-        header = msgspec.json.decode(text, type=_Header)
-        slots = frozenset(map(int, header.keyslots))
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise _failed(device, "read", "volume.header", "the header's JSON", str(error)) from error
-    if header.tokens:
-        raise DiskError(
-            f"{device} has tokens in its header.",
-            code="volume.tokens",
-            expected="a header without tokens, or no agent opens the volume",
-            found=f"token {', '.join(ascii(name[:20]) for name in sorted(header.tokens))}",
-            todo=f"Look at `cryptsetup luksDump {device}`, then `cryptsetup token remove --token-id N {device}`.",
-        )
-    return slots
-
-
-def opens(device: Path, key: bytes) -> bool:
-    """Tell whether a keyslot opens with this key, without mapping anything. Raises DiskError if that stays unknown."""
-    arguments = ("open", "--test-passphrase", "--type", "luks2", "--key-file", "-", "--", str(device))
-    done = _run(device, *arguments, stdin=key)
-    if done.returncode not in {0, _NO_KEY}:
-        raise _failed(device, "tried", "volume.prove", "an answer about the key", _words(done))
-    return done.returncode == 0
-
-
-def add_keyslot(device: Path, passphrase: bytes, key: bytes) -> None:
-    """Add a keyslot for ``key``, whose existing ``passphrase`` opens another, and let it be tried first.
-
-    The passphrase comes on stdin, the key through a pipe of its own. Raises DiskError; keyslots may have changed then.
-    """
-    before = keyslots(device)
-    reader, writer = os.pipe()
-    try:
-        os.write(writer, key)  # 32 bytes fit any pipe, so this never waits
-        os.close(writer)
-        done = _run(
-            device,
-            *("luksAddKey", "--batch-mode", *FAST_KEYSLOT, "--key-file", "-"),
-            *("--new-keyfile-size", str(len(key)), "--", str(device), f"/dev/fd/{reader}"),
-            stdin=passphrase,
-            pass_fds=(reader,),
-        )
-    finally:
-        os.close(reader)
-    if done.returncode:
-        raise DiskError(
-            f"cryptsetup could not add a keyslot to {device}.",
-            code="volume.keyslot",
-            expected="a passphrase that opens the volume, and a free keyslot",
-            found=_words(done),
-            todo="Try again with a passphrase that opens the volume.",
-        )
-    for slot in keyslots(device) - before:
-        # Tried first, or each boot would pay for the slow derivation of the keyslots before it.
-        _output(device, "config", "--priority", "prefer", "--key-slot", str(slot), "--", str(device))
-
-
-def remove_keyslots(device: Path, slots: frozenset[int]) -> None:
-    """Remove keyslots that were just added beside others. Raises DiskError."""
-    for slot in slots:
-        _output(device, "luksKillSlot", "--batch-mode", "--", str(device), str(slot))
-
-
-def _output(device: Path, *arguments: str) -> bytes:
-    done = _run(device, *arguments)
-    if done.returncode:
-        raise _failed(device, "used", "volume.header", f"cryptsetup {arguments[0]} to work", _words(done))
-    return done.stdout
-
-
-def _run(
-    device: Path, *arguments: str, stdin: bytes = b"", pass_fds: tuple[int, ...] = ()
-) -> subprocess.CompletedProcess[bytes]:
+def cryptsetup(
+    arguments: Sequence[str],
+    *,
+    size: int,
+    pieces: Pieces,
+    stdin: bytes | memoryview,
+    new_key: bytes | memoryview = b"",
+) -> tuple[int, str, bytes]:
+    """Run it as ``luks2_change.Cryptsetup`` says. Raises OperatorError, DiskError."""
     program = shutil.which("cryptsetup", path=SEARCH)
     if program is None:
         raise OperatorError(
@@ -158,9 +174,48 @@ def _run(
             found="none",
             todo="Install it (Debian: cryptsetup-bin).",
         )
+    memory = os.memfd_create("luks-header", os.MFD_CLOEXEC)
+    reader, writer = os.pipe()
+    paths = {luks2_change.HEADER: f"/proc/self/fd/{memory}", luks2_change.NEW_KEY: f"/proc/self/fd/{reader}"}
+    try:
+        os.write(writer, new_key)  # 32 bytes fit any pipe, so this never waits
+        os.close(writer)
+        os.ftruncate(memory, size)
+        for offset, data in pieces:
+            os.pwrite(memory, data, offset)
+        done = _run([program, *(paths.get(word, word) for word in arguments)], stdin, (memory, reader))
+        return done.returncode, _words(done), os.pread(memory, size, 0)
+    finally:
+        os.close(reader)
+        os.close(memory)
+
+
+def failed(path: Path, done: str, found: str) -> DiskError:
+    """Give the error for a device that cannot be opened, read or written."""
+    return DiskError(
+        f"{path} cannot be {done}.",
+        code="volume.device",
+        expected="a device or image with a LUKS2 header, on this machine",
+        found=found,
+        todo="See that it is there and complete, and that this user may read and write it.",
+    )
+
+
+def _write(file: int, offset: int, data: bytes) -> None:
+    """Write a part of a header so that it would outlive a power cut."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, offset)
+        rest, offset = rest[written:], offset + written
+    os.fsync(file)
+
+
+def _run(
+    command: list[str], stdin: bytes | memoryview, pass_fds: tuple[int, ...]
+) -> subprocess.CompletedProcess[bytes]:
     try:
         return subprocess.run(
-            [program, *arguments],
+            command,
             input=stdin,
             capture_output=True,
             check=False,
@@ -169,12 +224,19 @@ def _run(
             pass_fds=pass_fds,
         )
     except subprocess.TimeoutExpired:
-        raise _failed(
-            device, "used", "volume.timeout", f"cryptsetup to end within {CRYPTSETUP_S} s", "it did not"
+        raise DiskError(
+            "cryptsetup takes too long.",
+            code="volume.timeout",
+            expected=f"an end within {CRYPTSETUP_S} s",
+            found="none",
+            todo="Give the keyslot of the passphrase a cheaper KDF, or use a faster machine.",
         ) from None
     except OSError as error:
-        raise _failed(
-            device, "used", "volume.cryptsetup", f"{program} to start", str(error.strerror)
+        raise OperatorError(
+            "cryptsetup cannot be started.",
+            code="volume.cryptsetup",
+            expected=f"{command[0]} to start",
+            found=str(error.strerror),
         ) from error
 
 
@@ -183,8 +245,3 @@ def _words(done: subprocess.CompletedProcess[bytes]) -> str:
     meaning = _MEANINGS.get(done.returncode, f"exit code {done.returncode}")
     words = " ".join(done.stderr.decode(errors="replace").split())[:300]
     return f"{meaning}: {words}" if words else meaning
-
-
-def _failed(device: Path, done: str, code: str, expected: str, found: str) -> DiskError:
-    what = f"{device} is not there." if done == "there" else f"{device} cannot be {done}."
-    return DiskError(what, code=code, expected=expected, found=found)

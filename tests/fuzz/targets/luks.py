@@ -16,32 +16,52 @@ from tests.fuzz import workshop
 from tests.fuzz.bounds import BOUNDS
 from tests.fuzz.mutators import documents, parts
 from tests.fuzz.target import Mutate, Target
-from tests.unit.luks.headers import RAW, SIZE, TEXT, config, edited, header, one_copy, summed
+from tests.unit.luks.headers import (
+    DEVICE_SIZE,
+    KEY,
+    RAW,
+    SEALED,
+    SEALED_RAW,
+    SIZE,
+    TEXT,
+    UUID,
+    config,
+    edited,
+    header,
+    one_copy,
+    reader,
+    summed,
+)
 
-from kagimori_agent.luks_allowed import check
-from kagimori_agent.luks_header import BINARY_SIZE, MAX_JSON, SIZES, parse, probe
 from kagimori_protocol.errors import DiskError
+from kagimori_protocol.luks2_allowed import check
+from kagimori_protocol.luks2_guard import choose
+from kagimori_protocol.luks2_layout import BINARY_SIZE, MAX_JSON, SIZES, LuksHeader, copies, probe
 
 BYTES, AREA, BOTH, ONE = range(4)
+SEALED_TEXT = json.dumps(SEALED).encode()
+WHAT_OPENS = choose(reader(SEALED_RAW), DEVICE_SIZE, UUID, KEY, 1).memory
+"""What cryptsetup gets of the one header that was sealed by this key."""
 
 
 def honest(size: int) -> dict[str, Any]:
     """Give the JSON of a new volume whose header has another size."""
     document = edited(config(json_size=str(size - BINARY_SIZE)))
-    document["segments"]["0"]["offset"] = str(16 << 20)
+    document["segments"]["0"]["offset"] = str(32 << 20)
+    document["keyslots"]["0"]["area"]["offset"] = str(2 * size)
     return document
 
 
 def patched(data: bytes, *, both: bool) -> bytes:
     """Make a header with bytes written at a place of both copies, or of the secondary alone."""
     at, new = int.from_bytes(data[:2], "big") % SIZE, data[2:]
-    copies = []
+    made_copies = []
     for secondary in (False, True):
-        made = one_copy(TEXT, secondary=secondary)
+        made = one_copy(SEALED_TEXT, secondary=secondary)
         if both or secondary:
             made[at : at + len(new)] = new[: SIZE - at]
-        copies.append(summed(made))
-    return b"".join(copies)
+        made_copies.append(summed(made))
+    return b"".join(made_copies)
 
 
 def run(data: bytes) -> None:
@@ -56,27 +76,36 @@ def run(data: bytes) -> None:
             whole = patched(raw, both=True)
         case _:
             whole = patched(raw, both=False)
-    claimed = probe(whole[:BINARY_SIZE])
-    read = check(parse(whole))
-    assert read.uuid == claimed
-    check_allowed(read.json, whole, read.size)
-    for text in (read.label, read.subsystem, read.uuid):
-        assert text.isascii()
-        assert text.isprintable() or not text
+    read = reader(whole)
+    probe(read)
+    refused: list[DiskError] = []
+    for copy in copies(read):
+        try:
+            if isinstance(copy, DiskError):
+                raise copy
+            check_allowed(check(copy, DEVICE_SIZE), whole)
+        except DiskError as error:
+            refused.append(error)
+    with suppress(DiskError):
+        assert choose(read, DEVICE_SIZE, UUID, KEY, 1).memory == WHAT_OPENS
+    if refused:
+        raise refused[0]
 
 
-def check_allowed(document: object, whole: bytes, size: int) -> None:
+def check_allowed(read: LuksHeader, whole: bytes) -> None:
     """A header that is used has one encrypted segment, no way round the key, and reads the same to everyone."""
-    assert isinstance(document, dict)
-    text = whole[BINARY_SIZE:size].rstrip(b"\0")
+    document, size = read.json, read.size
+    for name in (read.label, read.subsystem, read.uuid):
+        assert name.isascii()
+        assert name.isprintable() or not name
+    text = whole[read.offset + BINARY_SIZE : read.offset + size].rstrip(b"\0")
     assert json.loads(text) == document
-    assert whole[size + BINARY_SIZE :].rstrip(b"\0") == text
     assert list(document["segments"]) == ["0"]
     segment = document["segments"]["0"]
     assert segment["type"] == "crypt"
     assert segment["encryption"] == "aes-xts-plain64"
     assert int(segment["offset"]) >= 2 * size
-    assert document["tokens"] == {}
+    assert all(token["type"] == "kagimori-header" for token in document["tokens"].values())
     assert not document["config"].get("flags")
     assert not document["config"].get("requirements")
     for keyslot in document["keyslots"].values():
@@ -90,6 +119,8 @@ def seeds() -> Iterator[bytes]:
     """Give an honest header as bytes, as JSON in two sizes, and with a label written into both copies."""
     yield bytes([BYTES]) + RAW
     yield bytes([AREA]) + TEXT
+    yield bytes([BYTES]) + SEALED_RAW
+    yield bytes([AREA]) + SEALED_TEXT
     yield bytes([AREA | 4]) + json.dumps(honest(SIZES[1])).encode()
     yield bytes([BOTH]) + (24).to_bytes(2, "big") + b"root disk"
     yield bytes([BOTH]) + (208).to_bytes(2, "big") + b"subsystem"
@@ -99,6 +130,7 @@ def seeds() -> Iterator[bytes]:
     slots["1"] = slots["0"] | {
         "priority": 2,
         "kdf": {"type": "pbkdf2", "salt": "AA==", "hash": "sha512", "iterations": 1},
+        "area": slots["0"]["area"] | {"offset": "290816"},
     }
     second["digests"]["0"]["keyslots"] = ["0", "1"]
     yield bytes([AREA]) + json.dumps(second).encode()
@@ -154,5 +186,9 @@ TARGET = Target(
     seeds=seeds,
     worst=worst,
     mutate=mutate_header,
-    covers=("kagimori_agent.luks_header", "kagimori_agent.luks_allowed"),
+    covers=(
+        "kagimori_protocol.luks2_layout",
+        "kagimori_protocol.luks2_allowed",
+        "kagimori_protocol.luks2_guard",
+    ),
 )

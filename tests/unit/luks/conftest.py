@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,9 @@ import pytest
 
 from kagimori_agent import luks
 from kagimori_agent.config import Volume
+from kagimori_protocol import luks2_change
 from kagimori_protocol.errors import DiskError
+from kagimori_verifier import luks_enrol
 
 COPY_SIZE: Final = 0x4000
 CSUM: Final = slice(448, 512)
@@ -39,17 +41,53 @@ class Vault:
         """Describe a volume as agent.toml does."""
         return Volume(uuid=uuid, name="cryptroot", device=device)
 
-    def open(self, device: Path, root: Path) -> str:
-        """Map the volume, in the world under ``root``."""
-        return luks.open_volume(self.volume(device), self.key, prove=False, timeout_s=30, root=root)
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        """What the agent has told the console."""
 
-    def prove(self, device: Path, key: bytes = key, timeout_s: float = 30) -> str:
-        """Try the key on a device."""
-        return luks.open_volume(self.volume(device), key, prove=True, timeout_s=timeout_s)
+    def open(self, device: Path, root: Path, flags: Sequence[str] = ()) -> str:
+        """Map the volume, in the world under ``root``."""
+        return self._open(self.volume(device), prove=False, root=root, flags=flags)
+
+    def prove(
+        self, device: Path, key: bytes | memoryview = key, timeout_s: float = 30, epoch: int = 1
+    ) -> str:
+        """Try the key on a device whose header must be of this epoch."""
+        return self._open(self.volume(device), key, timeout_s=timeout_s, epoch=epoch)
 
     def find_and_prove(self, volume: Volume, root: Path, timeout_s: float = 30) -> str:
         """Find the device in the world under ``root`` and try the key on it."""
-        return luks.open_volume(volume, self.key, prove=True, timeout_s=timeout_s, root=root)
+        return self._open(volume, timeout_s=timeout_s, root=root)
+
+    def _open(
+        self,
+        volume: Volume,
+        key: bytes | memoryview = key,
+        *,
+        prove: bool = True,
+        timeout_s: float = 30,
+        epoch: int = 1,
+        flags: Sequence[str] = (),
+        root: Path = luks.ROOT,
+    ) -> str:
+        return luks.open_volume(
+            volume,
+            key,
+            header_epoch=epoch,
+            prove=prove,
+            timeout_s=timeout_s,
+            say=self.said.append,
+            flags=flags,
+            root=root,
+        )
+
+    def seal(self, device: Path, epoch: int = 1, key: bytes = key) -> None:
+        """Authenticate a device's header as it is, by a key that opens it."""
+        with luks_enrol.opened(device) as disk:
+            change = luks2_change.reseal(
+                disk.load(), luks_enrol.cryptsetup, key=key, epoch=epoch, salts=luks_enrol.salts()
+            )
+            disk.write(change)
 
     def refused(self, call: Callable[[], object], code: str) -> DiskError:
         """See that a call raises an error that tells everything but the key."""
@@ -110,8 +148,10 @@ def formatted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with device.open("wb") as file:
         file.truncate(17 << 20)
     options = ["--uuid", Vault.uuid, "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
-    made = Vault().cryptsetup("luksFormat", *options, "--key-file", "-", str(device))
+    vault = Vault()
+    made = vault.cryptsetup("luksFormat", *options, "--key-file", "-", str(device))
     assert made.returncode == 0, made.stderr
+    vault.seal(device)
     return device
 
 

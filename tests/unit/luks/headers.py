@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
 
-from kagimori_agent.luks_header import BINARY_SIZE
+from tests.conformance.making.header import Json, sealed
+
+from kagimori_protocol.luks2_allowed import check
+from kagimori_protocol.luks2_layout import BINARY_SIZE, LuksHeader, parse
 
 UUID = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
+KEY = bytes(range(32))
 SIZE = 0x4000
-Json = dict[str, Any]
+DEVICE_SIZE = 64 << 20
 
 HONEST: Json = {
     "keyslots": {
@@ -106,6 +109,16 @@ def segment(**changes: object) -> Callable[[Json], object]:
     return lambda one: one["segments"]["0"].update(changes)
 
 
+def judged(copy: bytes, offset: int = 0, device_size: int = DEVICE_SIZE) -> LuksHeader:
+    """Take one copy apart, and ask whether what it says is allowed."""
+    return check(parse(copy, offset), device_size)
+
+
+def reader(raw: bytes) -> Callable[[int, int], bytes]:
+    """Give what reads of a device that begins with these bytes, and ends with them."""
+    return lambda offset, size: raw[offset : offset + size]
+
+
 def flip(raw: bytes, at: int, value: bytes, *, resum: bool = True) -> bytes:
     """Overwrite bytes in the copy where they are; make its checksum right again unless told otherwise."""
     copies = [bytearray(raw[:SIZE]), bytearray(raw[SIZE:])]
@@ -116,3 +129,6 @@ def flip(raw: bytes, at: int, value: bytes, *, resum: bool = True) -> bytes:
 
 TEXT = json.dumps(HONEST).encode()
 RAW = header(TEXT)
+SEALED = sealed(HONEST, "0", KEY)
+"""The same, with the token of the unlock key."""
+SEALED_RAW = header(json.dumps(SEALED).encode())

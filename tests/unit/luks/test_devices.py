@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kagimori_agent import luks
-from kagimori_agent.luks import find_device, has_device_mapper, open_volume
+from kagimori_agent.luks import find_device, has_device_mapper
 from kagimori_protocol.errors import ImageError
 
 if TYPE_CHECKING:
@@ -115,12 +115,22 @@ def test_a_header_that_changes_between_two_looks_is_refused(
     """The host answers each read as it likes: what was searched by is asked again of what is judged."""
     witness = disk.parent / "started"
     instead(f"touch {witness}")
-    monkeypatch.setattr(luks, "probe", lambda _start: vault.other_uuid)
-    vault.refused(
-        lambda: open_volume(vault.volume(disk, vault.other_uuid), vault.key, prove=True, timeout_s=30),
-        "luks.other-volume",
-    )
+    monkeypatch.setattr(luks, "claimed", lambda _device: vault.other_uuid)
+    volume = vault.volume(disk, vault.other_uuid)
+    vault.refused(lambda: vault.find_and_prove(volume, luks.ROOT), "luks.other-volume")
     assert not witness.exists()
+
+
+def test_a_volume_whose_primary_header_is_gone_is_found_by_the_secondary(
+    root: Path, disk: Path, vault: Vault
+) -> None:
+    """A partition table or a boot sector was written over it; the other copy is whole, and opens."""
+    with disk.open("r+b") as file:
+        file.write(bytes(4096))
+    node = vault.attach(root, "vda", disk)
+    assert find_device(vault.volume(None), root) == node
+    assert vault.find_and_prove(vault.volume(None), root) == "proved"
+    assert "the primary copy of the header is not used (luks.magic" in vault.said[0]
 
 
 def test_without_sysfs_there_is_a_named_error(tmp_path: Path, vault: Vault) -> None:
@@ -176,9 +186,9 @@ def test_what_crypttab_wants_of_a_mapping_reaches_cryptsetup_and_a_proof_not(
     instead(
         f'echo "$@" >> {said}; mkdir -p {dm}; echo cryptroot > {dm}/name; echo {vault.mapping_uuid} > {dm}/uuid; cat >/dev/null'
     )
-    for prove in (False, True):
-        volume = vault.volume(disk)
-        open_volume(volume, vault.key, prove=prove, timeout_s=30, flags=["--allow-discards"], root=root)
+    assert vault.open(disk, root, flags=["--allow-discards"]) == "mapped"
+    shutil.rmtree(dm)
+    assert vault.prove(disk) == "proved"
     mapped, proved = said.read_text().splitlines()
     assert mapped.endswith(f" --allow-discards {disk} cryptroot")
     assert "--allow-discards" not in proved

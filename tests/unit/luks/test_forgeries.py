@@ -6,16 +6,29 @@ import json
 from collections.abc import Callable
 
 import pytest
-from tests.unit.luks.headers import HONEST, RAW, SIZE, Json, config, edited, flip, header, segment
+from tests.conformance.making.header import Json, sealed, token
+from tests.unit.luks.headers import (
+    DEVICE_SIZE,
+    HONEST,
+    KEY,
+    RAW,
+    SEALED,
+    SIZE,
+    config,
+    edited,
+    flip,
+    header,
+    judged,
+    segment,
+)
 
-from kagimori_agent.luks_allowed import check
-from kagimori_agent.luks_header import LuksHeader, parse
 from kagimori_protocol.errors import DiskError
+from kagimori_protocol.luks2_layout import LuksHeader, parse
 
 
 def checked(document: Json) -> LuksHeader:
     """Read a header with this JSON, and ask whether it may be used."""
-    return check(parse(header(json.dumps(document).encode())))
+    return judged(header(json.dumps(document).encode())[:SIZE])
 
 
 def test_the_honest_header_of_these_tests_is_accepted() -> None:
@@ -23,6 +36,7 @@ def test_the_honest_header_of_these_tests_is_accepted() -> None:
     read = checked(HONEST)
     assert read.json == HONEST
     assert read.seqid == 3
+    assert checked(SEALED).json == SEALED
 
 
 def _keyslot(**changes: object) -> Callable[[Json], object]:
@@ -31,6 +45,26 @@ def _keyslot(**changes: object) -> Callable[[Json], object]:
 
 def _part(part: str, **changes: object) -> Callable[[Json], object]:
     return lambda one: one["keyslots"]["0"][part].update(changes)
+
+
+def _areas(*places: tuple[int, int]) -> Callable[[Json], object]:
+    """Give keyslots with their areas at these places."""
+
+    def edit(one: Json) -> None:
+        for number, (offset, size) in enumerate(places):
+            keyslot = json.loads(json.dumps(one["keyslots"]["0"]))
+            keyslot["area"] |= {"offset": str(offset), "size": str(size)}
+            one["keyslots"][str(number)] = keyslot
+        one["digests"]["0"]["keyslots"] = [str(number) for number in range(len(places))]
+
+    return edit
+
+
+def _tokens(*tokens: object) -> Callable[[Json], object]:
+    return lambda one: one.update(tokens={str(number): token for number, token in enumerate(tokens)})
+
+
+OURS = token(HONEST, "0", KEY)
 
 
 def _digest(**changes: object) -> Callable[[Json], object]:
@@ -110,7 +144,10 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     "no keyslots": ("luks.keyslots", lambda one: one["keyslots"].clear()),
     "a keyslot that no digest checks": (
         "luks.digests",
-        lambda one: one["keyslots"].update({"1": one["keyslots"]["0"]}),
+        lambda one: (
+            _areas((32768, 258048), (290816, 258048))(one),
+            one["digests"]["0"].update(keyslots=["0"]),
+        ),
     ),
     "a second digest for a key of the host's": (
         "luks.digests",
@@ -130,7 +167,51 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
             {"0": {"type": "luks2-keyring", "keyslots": ["0"], "key_description": "planted"}}
         ),
     ),
-    "tokens that are null": ("luks.tokens", lambda one: one.update(tokens=None)),
+    "tokens that are null": ("luks.json", lambda one: one.update(tokens=None)),
+    "a token of a TPM that the host has": (
+        "luks.tokens",
+        _tokens(OURS, {"type": "systemd-tpm2", "keyslots": ["0"], "tpm2-blob": "AAAA"}),
+    ),
+    "a keyring's token beside ours": (
+        "luks.tokens",
+        _tokens(OURS, {"type": "luks2-keyring", "keyslots": ["0"], "key_description": "planted"}),
+    ),
+    "a token that is null": ("luks.tokens", _tokens(None)),
+    "two tokens for one keyslot": ("luks.tokens", _tokens(OURS, OURS)),
+    "a token for two keyslots": ("luks.tokens", _tokens(OURS | {"keyslots": ["0", "0"]})),
+    "a token for a keyslot that is not there": ("luks.tokens", _tokens(OURS | {"keyslots": ["1"]})),
+    "a token for a keyslot that is a number": ("luks.tokens", _tokens(OURS | {"keyslots": [0]})),
+    "a token for keyslots in a text": ("luks.tokens", _tokens(OURS | {"keyslots": "0"})),
+    "a token with an unknown member": ("luks.members", _tokens(OURS | {"keyfile": "/planted"})),
+    "a token without a MAC": (
+        "luks.members",
+        _tokens({name: OURS[name] for name in OURS if name != "mac"}),
+    ),
+    "a token of half a MAC": ("luks.tokens", _tokens(OURS | {"mac": OURS["mac"][:32]})),
+    "a token of epoch 0": ("luks.tokens", _tokens(OURS | {"epoch": "0"})),
+    "a token of an epoch that is a number": ("luks.value", _tokens(OURS | {"epoch": 1})),
+    "a segment beyond the end of the device": ("luks.area", segment(offset=str(DEVICE_SIZE))),
+    "a segment of less than a sector": (
+        "luks.area",
+        segment(offset=str(DEVICE_SIZE - 512), sector_size=4096),
+    ),
+    "a segment between sectors": ("luks.area", segment(offset=str((16 << 20) + 1))),
+    "a segment over the keyslots": ("luks.area", segment(offset=str(8 << 20))),
+    "keyslots of more than memory is for": ("luks.area", config(keyslots_size=str(64 << 20))),
+    "a keyslot's area over the header": ("luks.area", _areas((16384, 258048))),
+    "a keyslot's area beyond the keyslots": ("luks.area", _areas(((16 << 20) - 4096, 258048))),
+    "a keyslot's area over another's": ("luks.area", _areas((32768, 258048), (32768 + 4096, 258048))),
+    "two keyslots in one area": ("luks.area", _areas((32768, 258048), (32768, 258048))),
+    "a keyslot's area that holds no key": ("luks.area", _areas((32768, 4096))),
+    "a keyslot's area of more than a key needs": ("luks.area", _areas((32768, 2 << 20))),
+    "a keyslot of another number": (
+        "luks.keyslots",
+        lambda one: one["keyslots"].update({"32": one["keyslots"].pop("0")}),
+    ),
+    "a keyslot whose number is none": (
+        "luks.keyslots",
+        lambda one: one["keyslots"].update({"00": one["keyslots"].pop("0")}),
+    ),
     "flags that let discards through": ("luks.flags", config(flags=["allow-discards"])),
     "a re-encryption under way": (
         "luks.requirements",
@@ -156,11 +237,18 @@ def test_a_header_with_right_checksums_is_refused_for(code: str, edit: Callable[
     assert error.todo
 
 
+def test_a_token_whose_keyslot_was_removed_says_nothing_and_is_allowed() -> None:
+    """Cryptsetup leaves it there; an owner who removes an old unlock key's keyslot must not lose the volume."""
+    document = sealed(HONEST, "0", KEY)
+    document["tokens"]["1"] = OURS | {"keyslots": []}
+    assert checked(document).json == document
+
+
 def test_what_a_header_says_reaches_a_message_short_and_without_control_characters() -> None:
     """A boot console is no place for escape sequences of the host's."""
     with pytest.raises(DiskError) as caught:
         checked(edited(segment(encryption="~" * 4000)))
     assert len(str(caught.value)) < 1000
     with pytest.raises(DiskError) as caught:
-        parse(flip(flip(RAW, 24, b"\x1b[2J"), SIZE + 24, b"\x1b[2J"))
+        parse(flip(RAW, 24, b"\x1b[2J")[:SIZE], 0)
     assert str(caught.value).replace("\n", "").isprintable()

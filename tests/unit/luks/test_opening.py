@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kagimori_agent import luks
-from kagimori_agent.luks import MAX_STDERR, open_volume
+from kagimori_agent.luks import MAX_STDERR
 from kagimori_protocol.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -27,13 +27,26 @@ def test_the_right_key_is_proved_without_mapping_anything(disk: Path, vault: Vau
     """This is what a kernel without device-mapper can show, and the answer says that it is no more."""
     before = disk.read_bytes()
     assert vault.prove(disk) == "proved"
-    assert open_volume(vault.volume(disk), memoryview(vault.key), prove=True, timeout_s=30) == "proved"
+    assert vault.prove(disk, memoryview(vault.key)) == "proved"
     assert disk.read_bytes() == before
 
 
-def test_a_wrong_key_is_named_as_such(disk: Path, vault: Vault) -> None:
-    """Code 2 of cryptsetup means that no keyslot opened."""
-    error = vault.refused(lambda: vault.prove(disk, WRONG_KEY), "luks.wrong-key")
+def test_a_wrong_key_is_refused_before_cryptsetup_has_it(
+    disk: Path, instead: Callable[[str], Path], vault: Vault
+) -> None:
+    """A header that is not authenticated by this key is another's."""
+    witness = disk.parent / "started"
+    instead(f"touch {witness}")
+    vault.refused(lambda: vault.prove(disk, WRONG_KEY), "luks.mac")
+    assert not witness.exists()
+
+
+def test_a_spoilt_keyslot_is_named_as_such(disk: Path, vault: Vault) -> None:
+    """Its area is not authenticated, but nothing opens by it. Code 2 of cryptsetup means that no keyslot opened."""
+    with disk.open("r+b") as file:
+        file.seek(32768)
+        file.write(b"x" * 512)
+    error = vault.refused(lambda: vault.prove(disk), "luks.wrong-key")
     assert "exit code 2" in str(error.found)
 
 

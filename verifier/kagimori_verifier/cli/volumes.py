@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,6 +22,7 @@ from kagimori_verifier.store import vms
 
 if TYPE_CHECKING:
     from kagimori_verifier.cli.output import Verbs
+    from kagimori_verifier.settings import Settings
 
 MAX_PASSPHRASE: Final = 8 << 20
 """Bytes that cryptsetup reads of a key file, too."""
@@ -39,7 +41,9 @@ def register(verbs: Verbs) -> None:
         _add,
         "Give a LUKS2 volume a keyslot of its own, for an unlock key that is made and kept here. The key is 32 random\n"
         "bytes, so the keyslot needs no slow derivation (pbkdf2, 1000 iterations) and is tried first: that saves a\n"
-        "second and a gigabyte at each boot. Interrupted, the same command completes it.",
+        "second and a gigabyte at each boot. The header gets a token by which the VM knows, before it uses the key, that\n"
+        "the header is yours. It is changed in memory, proved, and then written so that it opens whenever that is cut\n"
+        "off; as it was, it is kept in a file. Interrupted, the same command completes it.",
         "volume add --vm web1 --device disk.img --name cryptroot",
     )
     add.add_argument("--vm", required=True, type=arguments.vm, metavar="NAME")
@@ -53,6 +57,7 @@ def register(verbs: Verbs) -> None:
         metavar="NAME",
         help="mapping name in the VM (default: %(default)s)",
     )
+    _add_backup(add)
     secret = add.add_mutually_exclusive_group()
     secret.add_argument(
         "--passphrase-fd",
@@ -65,6 +70,25 @@ def register(verbs: Verbs) -> None:
     )
     enrolments.register_volume(volume)
     add_verb(volume, "list", _list, "List the volumes.", "volume list")
+    reseal = add_verb(
+        volume,
+        "reseal",
+        _reseal,
+        "Authenticate a volume's header as it is now, after you have changed it with cryptsetup (or enrolled it with a\n"
+        "release that did not seal). From then on the VM refuses every older header.",
+        "volume reseal --vm web1 --uuid 0b5a0e3c-... --device disk.img",
+    )
+    reseal.add_argument("--vm", required=True, type=arguments.vm, metavar="NAME")
+    reseal.add_argument("--uuid", required=True, type=arguments.name, metavar="UUID")
+    reseal.add_argument(
+        "--device", required=True, type=Path, metavar="PATH", help="the device or image, on this machine"
+    )
+    reseal.add_argument(
+        "--restored",
+        action="store_true",
+        help="seal it even if it is older than what is expected: you restored it",
+    )
+    _add_backup(reseal)
     remove = add_verb(
         volume,
         "remove",
@@ -76,12 +100,23 @@ def register(verbs: Verbs) -> None:
     remove.add_argument("uuid", type=arguments.name, metavar="UUID")
 
 
+def _add_backup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backup",
+        type=Path,
+        metavar="FILE",
+        help="keep the header as it was in this new file (default: in headers/, beside verifier.toml)",
+    )
+
+
 def _add(options: argparse.Namespace, output: Output) -> int:
     with opened(options) as (settings, store):
         with store.read() as txn:
             known(txn, options.vm)
         kek = own_kek(settings, store)
-        luks_enrol.luks2_uuid(options.device)  # before anybody is asked for a passphrase
+        with luks_enrol.opened(options.device) as disk:  # before anybody is asked for a passphrase
+            uuid = disk.load().header.uuid
+        backup = _backup(options, settings, uuid)
         volume = enrolment.add_volume(
             store,
             kek,
@@ -89,14 +124,56 @@ def _add(options: argparse.Namespace, output: Output) -> int:
             device=options.device,
             label=options.name,
             passphrase=_passphrase(options),
+            backup=backup,
             at_s=now_s(),
         )
     output.result(
         shown_volume(volume),
-        f"volume {volume.uuid} of {options.vm}: keyslot added, and proved to open",
+        f"volume {volume.uuid} of {options.vm}: keyslot added, header sealed, and proved to open",
         f"next: kagimori-verifier vm config {options.vm}",
     )
+    _note_backup(output, backup)
     return 0
+
+
+def _reseal(options: argparse.Namespace, output: Output) -> int:
+    uuid = options.uuid.lower()
+    with opened(options) as (settings, store):
+        with store.read() as txn:
+            known(txn, options.vm)
+        backup = _backup(options, settings, uuid)
+        volume = enrolment.reseal_volume(
+            store,
+            own_kek(settings, store),
+            vm_id=options.vm,
+            uuid=uuid,
+            device=options.device,
+            backup=backup,
+            at_s=now_s(),
+            restored=options.restored,
+        )
+    output.result(
+        shown_volume(volume),
+        f"volume {uuid} of {options.vm}: header sealed, epoch {volume.header_epoch}",
+    )
+    _note_backup(output, backup)
+    return 0
+
+
+def _backup(options: argparse.Namespace, settings: Settings, uuid: str) -> Path:
+    """Name the file that the header goes to as it was: one that is not there yet."""
+    if options.backup is not None:
+        return Path(options.backup)
+    directory = settings.path("headers")
+    numbered = (directory / f"{uuid}.{number}.img" for number in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
+
+def _note_backup(output: Output, backup: Path) -> None:
+    if backup.exists():
+        output.note(
+            f"the header as it was: {backup}; delete it once the VM has booted, for an old passphrase opens by it"
+        )
 
 
 def _list(options: argparse.Namespace, output: Output) -> int:

@@ -104,6 +104,13 @@ def set_volume_state(txn: Txn, vm_id: str, uuid: str, version: int, state: str) 
     txn.execute(sa.update(schema.volume).where(*where).values(state=state))
 
 
+def set_header_epoch(txn: Txn, vm_id: str, uuid: str, version: int, epoch: int) -> None:
+    """Change the least epoch that a volume's header must have."""
+    key = schema.volume.c
+    where = (key.vm_id == vm_id, key.uuid == uuid, key.version == version)
+    txn.execute(sa.update(schema.volume).where(*where).values(header_epoch=epoch))
+
+
 def remove_volume(txn: Txn, vm_id: str, uuid: str, version: int) -> bool:
     """Forget one version of a volume's key; tells whether there was one."""
     key = schema.volume.c
