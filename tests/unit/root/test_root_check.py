@@ -13,7 +13,7 @@ from kagimori_agent.config import Config
 from kagimori_agent.root_check import BtrfsInfo, Checked, check
 from kagimori_protocol.errors import DiskError, ImageError, KagimoriError
 
-SYSROOT = Path("/root")
+SYSROOT = Path("/sysroot")
 FSID = "0b2dbd9f-8b2f-4f0c-9d0b-6c5c2f2c7d11"
 
 
@@ -36,17 +36,17 @@ def lvm_on_the_volume(kernel: Kernel) -> None:
     """Root, /usr and swap are logical volumes of a volume group in cryptroot."""
     for name, mapping in (("dm-1", "vg-root"), ("dm-2", "vg-usr"), ("dm-3", "vg-swap")):
         kernel.upon(name, ["dm-0"], mapping)
-    kernel.mount("/root", "/dev/mapper/vg-root", number=kernel.number("dm-1"))
-    kernel.mount("/root/usr", "/dev/mapper/vg-usr", number=kernel.number("dm-2"))
+    kernel.mount("/sysroot", "/dev/mapper/vg-root", number=kernel.number("dm-1"))
+    kernel.mount("/sysroot/usr", "/dev/mapper/vg-usr", number=kernel.number("dm-2"))
     kernel.swap("/dev/dm-3")
     (kernel.root / "sys/power/resume").write_text(f"{kernel.number('dm-3')}\n")
 
 
 def root_with_the_kernels_own_below(kernel: Kernel) -> None:
     """The root itself, with /dev moved there already, as the udev of initramfs-tools does."""
-    kernel.mount("/root", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
-    kernel.mount("/root/dev", "udev", "devtmpfs")
-    kernel.mount("/root/run", "tmpfs", "tmpfs")
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.mount("/sysroot/dev", "udev", "devtmpfs")
+    kernel.mount("/sysroot/run", "tmpfs", "tmpfs")
     (kernel.root / "sys/power/resume").write_text("0:0\n")
 
 
@@ -63,7 +63,7 @@ def swap_by_its_name(kernel: Kernel) -> None:
     root_with_the_kernels_own_below(kernel)
     kernel.upon("dm-1", ["dm-0"], "vg swap")
     kernel.swap("/dev/mapper/vg\\040swap")
-    kernel.swap("/root/swapfile", "file")
+    kernel.swap("/sysroot/swapfile", "file")
 
 
 @pytest.mark.parametrize(
@@ -82,79 +82,79 @@ def test_what_rests_on_the_agents_volume_passes(
 def test_a_btrfs_of_one_device_passes(honest: Kernel, config: Config) -> None:
     """Its number is of no device, so its devices are asked for."""
     honest.btrfs(FSID, "dm-0")
-    honest.mount("/root", "/dev/mapper/cryptroot", "btrfs", "0:33")
-    assert checked(config, honest).subjects == ("/root (btrfs of /dev/mapper/cryptroot)",)
+    honest.mount("/sysroot", "/dev/mapper/cryptroot", "btrfs", "0:33")
+    assert checked(config, honest).subjects == ("/sysroot (btrfs of /dev/mapper/cryptroot)",)
 
 
 def plain_disk(kernel: Kernel) -> str:
     """A disk with the root's file system UUID, which came first."""
-    kernel.mount("/root", f"/dev/{kernel.disk('vdb')}")
-    return "/root (ext4 of /dev/vdb): vdb: a disk that the agent has not opened"
+    kernel.mount("/sysroot", f"/dev/{kernel.disk('vdb')}")
+    return "/sysroot (ext4 of /dev/vdb): vdb: a disk that the agent has not opened"
 
 
 def plain_partition(kernel: Kernel) -> str:
     """A partition of the very disk that has the volume, too."""
-    kernel.mount("/root", f"/dev/{kernel.partition('vda3', 'vda')}")
+    kernel.mount("/sysroot", f"/dev/{kernel.partition('vda3', 'vda')}")
     return "vda3 on vda: a disk that the agent has not opened"
 
 
 def same_volume_group(kernel: Kernel) -> str:
     """A volume group of the same name, on a planted disk."""
     kernel.upon("dm-1", [kernel.disk("vdb")], "vg-root")
-    kernel.mount("/root", "/dev/mapper/vg-root", number=kernel.number("dm-1"))
+    kernel.mount("/sysroot", "/dev/mapper/vg-root", number=kernel.number("dm-1"))
     return "dm-1 (vg-root) on vdb: a disk that the agent has not opened"
 
 
 def linear_over_both(kernel: Kernel) -> str:
     """A logical volume of which one extent lies on a planted disk."""
     kernel.upon("dm-1", ["dm-0", kernel.disk("vdb")], "vg-root")
-    kernel.mount("/root", "/dev/mapper/vg-root", number=kernel.number("dm-1"))
+    kernel.mount("/sysroot", "/dev/mapper/vg-root", number=kernel.number("dm-1"))
     return "dm-1 (vg-root) on vdb: a disk"
 
 
 def half_a_mirror(kernel: Kernel) -> str:
     """A RAID 1 of which the host has one half."""
     kernel.upon("md127", ["dm-0", kernel.partition("vdb1", kernel.disk("vdb"))])
-    kernel.mount("/root", "/dev/md127", number=kernel.number("md127"))
+    kernel.mount("/sysroot", "/dev/md127", number=kernel.number("md127"))
     return "md127 on vdb1 on vdb: a disk"
 
 
 def another_luks(kernel: Kernel) -> str:
     """A second LUKS disk with the same UUID, opened by somebody under another name."""
     kernel.opened("dm-1", kernel.disk("vdb"), mapping="luks-root")
-    kernel.mount("/root", "/dev/mapper/luks-root", number=kernel.number("dm-1"))
+    kernel.mount("/sysroot", "/dev/mapper/luks-root", number=kernel.number("dm-1"))
     return "dm-1 (luks-root) on vdb: a disk"
 
 
 def another_usr(kernel: Kernel) -> str:
     """The root is good, and /usr comes from a planted disk."""
-    kernel.mount("/root", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
-    kernel.mount("/root/usr", f"/dev/{kernel.disk('vdb')}")
-    return "/root/usr (ext4 of /dev/vdb): vdb"
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.mount("/sysroot/usr", f"/dev/{kernel.disk('vdb')}")
+    return "/sysroot/usr (ext4 of /dev/vdb): vdb"
 
 
 def mounted_over(kernel: Kernel) -> str:
     """Something is mounted at the root's place once more."""
-    kernel.mount("/root", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
-    kernel.mount("/root", f"/dev/{kernel.disk('vdb')}")
-    return "/root (ext4 of /dev/vdb): vdb"
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.mount("/sysroot", f"/dev/{kernel.disk('vdb')}")
+    return "/sysroot (ext4 of /dev/vdb): vdb"
 
 
 def overlay(kernel: Kernel) -> str:
     """A root whose layers the kernel does not tell by device."""
-    kernel.mount("/root", "overlay", "overlay")
+    kernel.mount("/sysroot", "overlay", "overlay")
     return "no block device below it"
 
 
 def shared_by_the_host(kernel: Kernel) -> str:
     """A directory of the host's, by virtio."""
-    kernel.mount("/root", "root", "virtiofs")
+    kernel.mount("/sysroot", "root", "virtiofs")
     return "no block device below it"
 
 
 def in_memory(kernel: Kernel) -> str:
     """A root in memory, filled by whoever."""
-    kernel.mount("/root", "tmpfs", "tmpfs")
+    kernel.mount("/sysroot", "tmpfs", "tmpfs")
     return "no block device below it"
 
 
@@ -162,26 +162,28 @@ def loop(kernel: Kernel) -> str:
     """An image file, wherever that lies."""
     kernel.disk("loop0")
     (kernel.root / "sys/class/block/loop0/loop").mkdir()
-    kernel.mount("/root", "/dev/loop0")
+    kernel.mount("/sysroot", "/dev/loop0")
     return "loop0: a loop device that the agent has not opened"
 
 
 def second_device_by_option(kernel: Kernel) -> str:
     """An XFS whose log lies elsewhere."""
-    kernel.mount("/root", "/dev/mapper/cryptroot", "xfs", kernel.number("dm-0"), "rw,logdev=/dev/vdb,noquota")
+    kernel.mount(
+        "/sysroot", "/dev/mapper/cryptroot", "xfs", kernel.number("dm-0"), "rw,logdev=/dev/vdb,noquota"
+    )
     return "a second device (logdev=/dev/vdb)"
 
 
 def swap_on_a_disk(kernel: Kernel) -> str:
     """A swap with the right UUID, on a planted disk."""
-    kernel.mount("/root", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
     kernel.swap(f"/dev/{kernel.disk('vdb')}")
     return "swap /dev/vdb: vdb: a disk"
 
 
 def swap_of_nobody(kernel: Kernel) -> str:
     """A swap whose device went away."""
-    kernel.mount("/root", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
     kernel.swap("/dev/vdc\\040(deleted)")
     return "swap /dev/vdc (deleted): a device that the kernel does not list"
 
@@ -195,7 +197,7 @@ def swap_written_back(kernel: Kernel) -> str:
 
 def resume_device(kernel: Kernel) -> str:
     """The kernel was told to resume from a planted disk."""
-    kernel.mount("/root", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
     kernel.disk("vdb")
     (kernel.root / "sys/power/resume").write_text(f"{kernel.number('vdb')}\n")
     return "vdb: a disk"
@@ -203,7 +205,7 @@ def resume_device(kernel: Kernel) -> str:
 
 def unknown_device(kernel: Kernel) -> str:
     """A number that sysfs does not have."""
-    kernel.mount("/root", "/dev/vdz", number="254:77")
+    kernel.mount("/sysroot", "/dev/vdz", number="254:77")
     return "254:77: a device that the kernel does not list"
 
 
@@ -228,20 +230,20 @@ def test_a_btrfs_with_a_planted_device_is_refused(honest: Kernel, config: Config
     """A device that shows the right file system UUID is taken into it by the kernel."""
     honest.disk("vdb")
     honest.btrfs(FSID, "dm-0", "vdb")
-    honest.mount("/root", "/dev/mapper/cryptroot", "btrfs", "0:33")
+    honest.mount("/sysroot", "/dev/mapper/cryptroot", "btrfs", "0:33")
     assert "vdb: a disk" in refused(config, honest, devices=2)
 
 
 def test_a_btrfs_that_lacks_a_device_is_refused(honest: Kernel, config: Config) -> None:
     """Degraded, it would take the missing one from whichever disk comes later."""
     honest.btrfs(FSID, "dm-0")
-    honest.mount("/root", "/dev/mapper/cryptroot", "btrfs", "0:33")
+    honest.mount("/sysroot", "/dev/mapper/cryptroot", "btrfs", "0:33")
     assert "of 2 devices, of which the kernel lists 1" in refused(config, honest, devices=2)
 
 
 def test_a_btrfs_that_tells_nothing_is_refused(honest: Kernel, config: Config) -> None:
     """Neither by ioctl nor in sysfs."""
-    honest.mount("/root", "/dev/mapper/cryptroot", "btrfs", "0:33")
+    honest.mount("/sysroot", "/dev/mapper/cryptroot", "btrfs", "0:33")
     assert "does not tell its devices" in refused(config, honest)
 
     def fails(_: Path) -> BtrfsInfo:
@@ -255,7 +257,7 @@ def test_a_device_that_rests_on_itself_ends_the_walk(honest: Kernel, config: Con
     """No kernel shows one; whatever does is not believed."""
     honest.upon("dm-1", [], "ring")
     (honest.root / "sys/class/block/dm-1/slaves/dm-1").symlink_to(honest.root / "sys/class/block/dm-1")
-    honest.mount("/root", "/dev/mapper/ring", number=honest.number("dm-1"))
+    honest.mount("/sysroot", "/dev/mapper/ring", number=honest.number("dm-1"))
     assert "too many devices upon each other" in refused(config, honest)
 
 
@@ -266,13 +268,13 @@ def test_a_root_that_is_not_mounted_is_told_as_such(honest: Kernel, config: Conf
 
 def test_without_an_opened_volume_nothing_passes(kernel: Kernel, config: Config) -> None:
     """Nothing is opened, so nothing can rest on it."""
-    kernel.mount("/root", f"/dev/{kernel.disk('vda')}")
+    kernel.mount("/sysroot", f"/dev/{kernel.disk('vda')}")
     refused(config, kernel, code="root.nothing-opened")
 
 
 def test_kernel_lists_that_are_missing_or_strange_are_no_yes(honest: Kernel, config: Config) -> None:
     """Neither mounts nor swaps."""
-    honest.mount("/root", "/dev/mapper/cryptroot", number=honest.number("dm-0"))
+    honest.mount("/sysroot", "/dev/mapper/cryptroot", number=honest.number("dm-0"))
     (honest.root / "proc/swaps").unlink()
     checked(config, honest)  # a kernel without swap
     (honest.root / "proc/swaps").write_text("Filename Type\nodd\n")
