@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,16 +102,16 @@ class Desk:
         invariants.the_ledger_holds(self.launcher, self.directory)
         with invariants.reading(self.directory) as txn:
             return {
-                name: [_but_for_chance(row._mapping.items()) for row in txn.execute(select(table))]
+                name: [_but_for_chance(dict(row._mapping)) for row in txn.execute(select(table))]
                 for name, table in schema.metadata.tables.items()
             }
 
 
-def _but_for_chance(row: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def _but_for_chance(row: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of a row, and of what a line of the ledger tells, what differs from run to run."""
-    kept = {column: value for column, value in row if column not in BY_CHANCE}
+    kept = {column: value for column, value in row.items() if column not in BY_CHANCE}
     if "body" in kept:
-        kept["body"] = _but_for_chance(json.loads(kept["body"]).items())
+        kept["body"] = _but_for_chance(json.loads(kept["body"]))
     return kept
 
 
