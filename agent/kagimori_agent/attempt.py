@@ -71,11 +71,17 @@ class _StaleError(NetworkError):
     default_code = "answer.stale"
 
 
-def attest(
-    config: Config, attester: Attester, purpose: Purpose, budget: Budget, say: Callable[[str], None]
+def attest(  # noqa: PLR0913 - what is asked, by whom, how long, and what an enrolment adds
+    config: Config,
+    attester: Attester,
+    purpose: Purpose,
+    budget: Budget,
+    say: Callable[[str], None],
+    prove: Callable[[bytes], bytes] | None = None,
 ) -> Answered:
     """Get an answer from one of the verifiers, or raise the reason why none can be had.
 
+    ``prove`` makes the proof of an enrolment's code for a T0; other purposes have none.
     Raises NetworkError once the budget is spent, Refused or PeerError for an answer that is no, and the devices'
     ImageError and HardwareError.
     """
@@ -83,7 +89,7 @@ def attest(
     last: NetworkError | None = None
     while True:
         try:
-            return _attempt(config, attester, purpose, budget, say)
+            return _attempt(config, attester, purpose, budget, say, prove)
         except NetworkError as error:
             if error.code == "budget.spent":
                 raise _spent(budget, error, last) from None
@@ -104,8 +110,13 @@ def endpoints(config: Config) -> tuple[Endpoint, ...]:
     )
 
 
-def _attempt(
-    config: Config, attester: Attester, purpose: Purpose, budget: Budget, say: Callable[[str], None]
+def _attempt(  # noqa: PLR0913 - as above
+    config: Config,
+    attester: Attester,
+    purpose: Purpose,
+    budget: Budget,
+    say: Callable[[str], None],
+    prove: Callable[[bytes], bytes] | None,
 ) -> Answered:
     prepared = attester.prepare()
     key = sealing.ResponseKey([os.urandom(OWN_ENTROPY_BYTES), *prepared.entropy])
@@ -133,6 +144,7 @@ def _attempt(
                 **attester.collect(
                     t0, challenged[0].challenge.pcr_selection, budget.attempt_s(config.limits.boot_budget_s)
                 ),
+                enrol_proof=UNSET if prove is None else prove(t0),
             )
         )
         say("evidence collected, asking for the answer")

@@ -1,4 +1,4 @@
-"""The agent's command line: ``unlock``, ``dry-run``, ``confirm``, ``doctor``, ``cap``, ``root-check``, ``settings``, ``footprint``.
+"""The agent's command line: ``unlock``, ``dry-run``, ``confirm``, ``doctor``, ``cap``, ``root-check``, ``enrol``, ``settings``, ``footprint``.
 
 Import budget: argparse, json, the error tree and the console; each verb imports what it needs, so that ``cap`` works when
 nothing else does.
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kagimori_agent import VERSION, console
+from kagimori_agent import VERSION, console, enrol_cli
 from kagimori_protocol.errors import KagimoriError, UsageError
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "tell the verifier what the boot could not: that the volumes are open",
         "Send the confirmation that the boot has left in /run, until the verifier has taken it. The booted system runs this.",
     )
+    enrol_cli.declare(verb)
     verb(
         "settings",
         _settings,

@@ -74,7 +74,7 @@ def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -
         raise error.reason from None
     finally:
         capped = cap_boot(config)
-        confirmed = answered is not None and _confirm(config, answered, outcome, say)
+        confirmed = answered is not None and send_confirm(config, answered, outcome, say)
         # Where the volumes are not open, there will be no booted system to send it.
         if answered is not None and not confirmed and outcome == "opened":
             _keep_confirm(answered, outcome, say)
@@ -93,7 +93,7 @@ def dry_run(config: Config, say: Callable[[str], None]) -> tuple[Verdict, Answer
             expected="a verdict",
             found=type(answered.payload).__name__.lower(),
         )
-    _confirm(config, answered, "received", say)
+    send_confirm(config, answered, "received", say)
     return answered.payload, answered
 
 
@@ -157,7 +157,7 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
     with attester(config, say) as one:
         answered = attest(config, one, "unlock", _patience(config), say)
     try:
-        keys = _require_keys(answered)
+        keys = require_keys(answered)
         opened = tuple(_open(config, keys, say, prove=prove))
     except KagimoriError as error:
         raise _NotOpenedError(answered.without_payload(), error) from error
@@ -177,7 +177,7 @@ def _patience(config: Config) -> Budget:
     return Budget(math.inf if config.boot.wait == "forever" else config.limits.boot_budget_s)
 
 
-def _require_keys(answered: Answered) -> Keys:
+def require_keys(answered: Answered) -> Keys:
     """Return the keys, or raise Refused with every check that failed."""
     payload = answered.payload
     if isinstance(payload, Keys):
@@ -221,7 +221,7 @@ def _open(config: Config, keys: Keys, say: Callable[[str], None], *, prove: bool
         yield Opened(volume.uuid, volume.name, how)
 
 
-def _confirm(config: Config, answered: Answered, outcome: Outcome, say: Callable[[str], None]) -> bool:
+def send_confirm(config: Config, answered: Answered, outcome: Outcome, say: Callable[[str], None]) -> bool:
     """Tell the verifier once; a lost Confirm costs the boot nothing and is sent again by the booted system."""
     limits = config.limits
     try:

@@ -81,6 +81,8 @@ BAD: dict[tuple[str, ...], tuple[str, ...]] = {
     ("vm", "chip", "remove"): ("web1", "ab" * 64),
     ("volume", "add"): ("--vm", "nobody", "--device", "/dev/null", "--key-file", "/dev/null"),
     ("volume", "remove"): ("--vm", "web1", UUID),
+    ("image", "enrol"): ("/dev/null", "--vm", "nobody", "--key-file", "/dev/null"),
+    ("volume", "reseal"): ("--vm", "nobody", "--uuid", UUID, "--device", "/dev/null"),
     ("volume", "accept"): ("--vm", "web1", UUID),
     ("volume", "undo"): ("--vm", "web1", UUID),
     ("volume", "provenance"): ("--vm", "web1", UUID, "unknown"),

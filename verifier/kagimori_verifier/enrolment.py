@@ -47,15 +47,17 @@ def add_volume(  # noqa: PLR0913 - what one volume consists of, by name only
     passphrase: bytes,
     backup: Path,
     at_s: int,
+    part: tuple[int, int] | None = None,
 ) -> VolumeRow:
     """Make an unlock key, keep it, give it a keyslot with its token; returns the active volume.
 
-    ``passphrase`` opens an existing keyslot; ``label`` is the mapping's name in the VM; ``backup`` is the new file that the
+    ``passphrase`` opens an existing keyslot; ``label`` is the mapping's name in the VM; ``part`` is where in the device the
+    volume lies (offset and size in bytes), or None for all of it; ``backup`` is the new file that the
     header goes to as it was. Raises DiskError and OperatorError; header and database are then as before, or the error
     says what is not.
     """
     unlock_keys = UnlockKeys(kek)
-    with luks_enrol.opened(device) as disk:
+    with luks_enrol.opened(device, part) as disk:
         image = disk.load()
         uuid = image.header.uuid
         with store.write() as txn:
@@ -79,7 +81,8 @@ def add_volume(  # noqa: PLR0913 - what one volume consists of, by name only
                 code="volume.removed",
                 expected=f"volume {uuid} of {vm_id} in state adding",
                 found="none",
-                todo=f"Bring the old header back: cryptsetup luksHeaderRestore {device} --header-backup-file {backup}.",
+                todo=f"Bring the old header back: cryptsetup luksHeaderRestore {_where(device, part)} "
+                f"--header-backup-file {backup}.",
             )
         vms.set_volume_state(txn, vm_id, uuid, row.version, "active")
         body = {"uuid": uuid, "name": row.label, "version": row.version, "header_epoch": row.header_epoch}
@@ -172,6 +175,13 @@ def _active(txn: Txn, vm_id: str, uuid: str) -> VolumeRow:
         found="none",
         todo="`kagimori-verifier volume list` shows the volumes.",
     )
+
+
+def _where(device: Path, part: tuple[int, int] | None) -> str:
+    """Name a volume for cryptsetup: restored at an image's start, a header would lie over its partition table."""
+    if part is None:
+        return str(device)
+    return f"$(losetup --find --show --offset {part[0]} --sizelimit {part[1]} {device})"
 
 
 def _half_done(error: KagimoriError, backup: Path) -> KagimoriError:

@@ -14,7 +14,7 @@ import subprocess
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
-from kagimori_protocol import luks2_change
+from kagimori_protocol import luks2_change, luks2_layout
 from kagimori_protocol.errors import DiskError, OperatorError
 
 if TYPE_CHECKING:
@@ -43,18 +43,22 @@ _BLOCK: Final = 4096
 class Disk:
     """A device or image whose header is worked on; nobody else's cryptsetup writes it meanwhile if it is a file."""
 
-    def __init__(self, path: Path, file: int) -> None:
-        """Take a descriptor that is open for reading."""
+    def __init__(self, path: Path, file: int, part: tuple[int, int] | None = None) -> None:
+        """Take a descriptor that is open for reading; ``part`` is offset and size of the volume in it, or None for all."""
         self._path = path
         self._file = file
-        self._size = os.lseek(file, 0, os.SEEK_END)
+        self._offset, self.size = part or (0, os.lseek(file, 0, os.SEEK_END))
         self.touched = False
         """Whether writing has begun."""
+
+    def is_luks2(self) -> bool:
+        """Tell whether a LUKS2 header seems to be there; nothing is verified."""
+        return luks2_layout.probe(self.read) is not None
 
     def load(self) -> Image:
         """Read header and keyslots. Raises DiskError."""
         try:
-            return luks2_change.load(self.read, self._size)
+            return luks2_change.load(self.read, self.size)
         except DiskError as error:
             if error.code not in _NO_LUKS2:
                 raise
@@ -69,8 +73,10 @@ class Disk:
     def read(self, offset: int, size: int) -> bytes:
         """Read bytes, fewer where the device ends. Raises DiskError."""
         data = bytearray()
+        size = max(0, min(size, self.size - offset))
+        at = self._offset + offset
         try:
-            while len(data) < size and (part := os.pread(self._file, size - len(data), offset + len(data))):
+            while len(data) < size and (part := os.pread(self._file, size - len(data), at + len(data))):
                 data += part
         except OSError as error:
             raise failed(self._path, "read", str(error.strerror)) from error
@@ -85,7 +91,7 @@ class Disk:
             raise failed(self._path, "written", str(error.strerror)) from error
         self.touched = True
         try:
-            luks2_change.apply(change, lambda offset, data: _write(file, offset, data))
+            luks2_change.apply(change, lambda offset, data: _write(file, self._offset + offset, data))
         except OSError as error:
             raise failed(self._path, "written", str(error.strerror)) from error
         finally:
@@ -93,8 +99,8 @@ class Disk:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Disk]:
-    """Open a device or image. Raises DiskError."""
+def opened(path: Path, part: tuple[int, int] | None = None) -> Iterator[Disk]:
+    """Open a device or image, or a part of it: offset and size in bytes. Raises DiskError."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -112,7 +118,7 @@ def opened(path: Path) -> Iterator[Disk]:
                 found=str(error.strerror),
                 todo="Wait until the other program (cryptsetup, another enrolment) has ended.",
             ) from error
-        yield Disk(path, file)
+        yield Disk(path, file, part)
     finally:
         os.close(file)
 

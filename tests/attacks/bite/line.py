@@ -71,7 +71,7 @@ def attested(scene: Scene, settings: Config, middle: Middle, cap_pcr: int = 15) 
 def confirmed(scene: Scene, settings: Config, answered: Answered, middle: Middle) -> None:
     """Let the agent confirm that its volumes are open; raises Stopped if it knows that nobody has taken that."""
     with host_on_the_line(scene, middle) as unbelieved:
-        if not unlock._confirm(settings, answered, "opened", lambda _: None):
+        if not unlock.send_confirm(settings, answered, "opened", lambda _: None):
             raise Stopped(*unbelieved)
 
 

@@ -39,6 +39,7 @@ MODULES: Final = {
     "recovery": "recoveries",
     "vm": "vms",
     "volume": "volumes",
+    "image": "images",
     "profile": "profiles",
     "reference": "references",
     "endorsements": "trust",

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kagimori_verifier.cli.output import Verbs
-    from kagimori_verifier.store import Txn
+    from kagimori_verifier.settings import Settings
+    from kagimori_verifier.store import Store, Txn
     from kagimori_verifier.store.vms import VmRow, VolumeRow
 
 SUPPORTED_PURPOSES: Final = ("unlock", "dry-run", "enrol")
@@ -210,9 +211,19 @@ def _change(
 
 
 def _config(options: argparse.Namespace, output: Output) -> int:
-    with opened(options) as (settings, store), store.read() as txn:
-        row = known(txn, options.vm)
-        volumes = vms.volumes(txn, row.vm_id)
+    with opened(options) as (settings, store):
+        text, notes = agent_toml(store, settings, options.vm, options.verifier_name)
+    output.result({"vm_id": options.vm, "agent_toml": text}, *text.splitlines())
+    for note in notes:
+        output.note(note)
+    return 0
+
+
+def agent_toml(store: Store, settings: Settings, vm_id: str, verifier: str) -> tuple[str, list[str]]:
+    """Give a VM's agent.toml, which calls this verifier so, and what its owner should know of it. Raises OperatorError."""
+    with store.read() as txn:
+        row = known(txn, vm_id)
+        volumes = vms.volumes(txn, vm_id)
         profile = profiles.get(txn, row.profile)
         kinds = {one.kind for one in references.measurements(txn, row.profile)}
         keys = [
@@ -223,22 +234,22 @@ def _config(options: argparse.Namespace, output: Output) -> int:
     if profile is None:
         raise unknown("profile", row.profile, "`kagimori-verifier profile list` shows the profiles.")
     text = AgentToml(
-        vm_id=row.vm_id,
+        vm_id=vm_id,
         kind="snp-direct" if kinds == {"snp-direct"} else "svsm-vtpm",
-        verifier=options.verifier_name,
+        verifier=verifier,
         urls=settings.public_urls,
         keys=keys,
         volumes=[(one.uuid, one.label) for one in volumes],
         cap_pcr=parse_policy(profile.policy).cap_pcr,
     ).text()
-    output.result({"vm_id": row.vm_id, "agent_toml": text}, *text.splitlines())
+    notes = []
     if unreachable := [url for url in settings.public_urls if _UNREACHABLE.search(url)]:
-        output.note(f"agents cannot reach {', '.join(unreachable)}: correct public_urls in verifier.toml")
+        notes.append(f"agents cannot reach {', '.join(unreachable)}: correct public_urls in verifier.toml")
     if not volumes:
-        output.note(
-            f"{row.vm_id} has no volume yet, so it can only ask by dry-run: kagimori-verifier volume add"
+        notes.append(
+            f"{vm_id} has no volume yet, so it can only ask by dry-run: volume add here, or kagimori-agent enrol there"
         )
-    return 0
+    return text, notes
 
 
 def _record(txn: Txn, event: str, vm_id: str, body: dict[str, Any]) -> None:

@@ -116,14 +116,14 @@ def _add(options: argparse.Namespace, output: Output) -> int:
         kek = own_kek(settings, store)
         with luks_enrol.opened(options.device) as disk:  # before anybody is asked for a passphrase
             uuid = disk.load().header.uuid
-        backup = _backup(options, settings, uuid)
+        backup = backup_for(options, settings, uuid)
         volume = enrolment.add_volume(
             store,
             kek,
             vm_id=options.vm,
             device=options.device,
             label=options.name,
-            passphrase=_passphrase(options),
+            passphrase=passphrase_of(options),
             backup=backup,
             at_s=now_s(),
         )
@@ -141,7 +141,7 @@ def _reseal(options: argparse.Namespace, output: Output) -> int:
     with opened(options) as (settings, store):
         with store.read() as txn:
             known(txn, options.vm)
-        backup = _backup(options, settings, uuid)
+        backup = backup_for(options, settings, uuid)
         volume = enrolment.reseal_volume(
             store,
             own_kek(settings, store),
@@ -160,7 +160,7 @@ def _reseal(options: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _backup(options: argparse.Namespace, settings: Settings, uuid: str) -> Path:
+def backup_for(options: argparse.Namespace, settings: Settings, uuid: str) -> Path:
     """Name the file that the header goes to as it was: one that is not there yet."""
     if options.backup is not None:
         return Path(options.backup)
@@ -210,7 +210,7 @@ def _remove(options: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _passphrase(options: argparse.Namespace) -> bytes:
+def passphrase_of(options: argparse.Namespace) -> bytes:
     """Take an existing passphrase from where the operator says; on a terminal, ask."""
     if options.key_file is not None:
         passphrase = read_file(options.key_file, MAX_PASSPHRASE)

@@ -1,0 +1,310 @@
+"""A whole enrolment (ADR 9): code, booted system, real HTTP, swtpm, cryptsetup on LUKS2 files; then the next boot unlocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.worlds import CHIP_ID, SVSM, VM, Owner
+
+from kagimori_agent import cli, config, enrol, host_doors, keyslots
+from kagimori_agent.reencrypt import reencrypt
+from kagimori_agent.unlock import dry_run, unlock
+from kagimori_protocol import luks2_change
+from kagimori_protocol.enrol_code import EnrolCode
+from kagimori_protocol.errors import DiskError, OperatorError, Refused, UsageError
+from kagimori_simulator import disk, measured_boot
+from kagimori_simulator.machine import SnpMachine
+from kagimori_simulator.world import VerifierAt, VolumeAt, World
+from kagimori_verifier import enrolling
+from kagimori_verifier.store import enrolments, vms
+
+pytestmark = pytest.mark.slow  # a swtpm, a server and cryptsetup for each
+
+PASSPHRASE = b"the passphrase of an installer"
+
+
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+@dataclass
+class Installed:
+    """A VM that was installed at its provider: its volumes open by a passphrase, and its owner's verifier knows none."""
+
+    owner: Owner
+    directory: Path
+    volumes: list[VolumeAt]
+
+    @contextmanager
+    def booted(self, *volumes: VolumeAt) -> Iterator[tuple[World, Path]]:
+        """Boot it, and give the world and its agent.toml, which names ``volumes``."""
+        machine = SnpMachine(self.owner.root, chip_id=CHIP_ID, svsm=True, measurement=SVSM, report_version=3)
+        place = self.directory / f"vm-{os.urandom(4).hex()}"
+        with World.running(place, machine) as world:
+            at = VerifierAt("home", [self.owner.url], [_base64(self.owner.public_key)])
+            yield world, world.agent_toml(VM, [at], volumes)
+
+    def code(self) -> EnrolCode:
+        """Make a code."""
+        with self.owner.verifier.store.write() as txn:
+            return enrolling.make_code(txn, VM, self.owner.now_s())[0]
+
+    def enrol(self, toml: Path, code: EnrolCode, **more: Any) -> enrol.Enrolled:  # noqa: ANN401 - options of enrol
+        """Enrol all volumes, from the booted system."""
+        loaded = config.load(toml)
+        devices = [volume.device for volume in self.volumes]
+        targets = enrol.prepared(loaded, devices, [], lambda *_: PASSPHRASE)
+        return enrol.enrol(loaded, toml, code, targets, quiet, backups=self.directory / "headers", **more)
+
+    def states(self) -> dict[str, str]:
+        """Give the states of the VM's volumes."""
+        with self.owner.verifier.store.read() as txn:
+            return {row.uuid: row.state for row in vms.volumes(txn, VM, state=None)}
+
+
+def _base64(raw: bytes) -> str:
+    return b64encode(raw).decode()
+
+
+@pytest.fixture
+def installed(tmp_path: Path, owner: Owner) -> Installed:
+    """Give a VM with root and data, whose honest boot its owner has accepted."""
+    owner.enrol_profile("grub", "grub", "svsm-vtpm", SVSM)
+    owner.enrol_vm(VM, "grub")
+    owner.change_vm(VM, purposes=["unlock", "dry-run", "enrol"])
+    owner.accept_boot(VM, "grub", measured_boot.grub(), "grub")
+    volumes = []
+    for name in ("root", "data"):
+        image = tmp_path / f"{name}.img"
+        volumes.append(VolumeAt(disk.make_volume(image, PASSPHRASE), f"crypt{name}", image))
+    return Installed(owner, tmp_path, volumes)
+
+
+def opens(image: Path, key: bytes) -> bool:
+    """Ask cryptsetup itself."""
+    command = ["cryptsetup", "open", "--test-passphrase", "--type", "luks2", "--key-file", "-", str(image)]
+    return subprocess.run(command, input=key, capture_output=True, check=False).returncode == 0
+
+
+def slots(image: Path) -> list[str]:
+    """Name the keyslots that a header has a token of ours for."""
+    with keyslots.opened(image) as one:
+        return keyslots.ours(one.load())
+
+
+def test_two_volumes_are_enrolled_at_once_and_open_at_the_next_boot(installed: Installed) -> None:
+    """One code, one attestation; the passphrase still opens, agent.toml names the volumes, and the old headers are kept."""
+    with installed.booted() as (_, toml):
+        done = installed.enrol(toml, installed.code())
+        assert done.confirmed
+        assert [volume.uuid for volume in done.added] == [one.uuid for one in installed.volumes]
+        known = [one.uuid for one in config.load(toml).volumes]
+        assert known == [one.uuid for one in installed.volumes]
+    assert set(installed.states().values()) == {"active"}
+    for volume, kept in zip(installed.volumes, done.backups, strict=True):
+        assert opens(volume.device, PASSPHRASE)
+        assert slots(volume.device) == ["1"]
+        assert kept.stat().st_mode & 0o777 == 0o600
+        assert b"kagimori-header" not in kept.read_bytes()
+    with installed.booted(*installed.volumes) as (_, toml):
+        verdict, _ = dry_run(config.load(toml), quiet)
+        told = next(check for check in verdict.checks if check.id == "volume.provenance")
+        assert verdict.allowed
+        assert told.found.count("the host may know") == 2
+        unlocked = unlock(config.load(toml), quiet, prove=True)
+    assert [one.how for one in unlocked.volumes] == ["proved", "proved"]
+
+
+def test_no_code_is_spent_on_a_passphrase_that_opens_nothing(installed: Installed) -> None:
+    """Everything that can fail without the verifier comes before it."""
+    code = installed.code()
+    with installed.booted() as (_, toml):
+        with pytest.raises(DiskError) as caught:
+            enrol.prepared(
+                config.load(toml), [installed.volumes[0].device], [], lambda *_: b"another passphrase"
+            )
+        assert caught.value.code == "enrol.passphrase"
+        assert installed.enrol(toml, code).confirmed
+
+
+def test_a_code_is_good_once_and_a_refusal_changes_no_disk(installed: Installed) -> None:
+    """The second time the VM's own agent is told so, by the named check."""
+    code = installed.code()
+    with installed.booted() as (_, toml):
+        installed.enrol(toml, code)
+        with installed.owner.verifier.store.write() as txn:
+            for row in vms.volumes(txn, VM):
+                vms.remove_volume(txn, VM, row.uuid, row.version)
+        before = [one.device.read_bytes() for one in installed.volumes]
+        with pytest.raises(Refused) as caught:
+            installed.enrol(toml, code)
+    assert "enrol.code" in str(caught.value)
+    assert before == [one.device.read_bytes() for one in installed.volumes]
+
+
+def test_an_agent_toml_of_the_hosts_is_found_out_by_the_code(installed: Installed) -> None:
+    """T18: its verifier would make a key that the host knows, and answer with a signature that the file vouches for."""
+    code = installed.code()
+    with installed.booted() as (world, _):
+        at = VerifierAt("home", [installed.owner.url], [_base64(bytes(range(32)))])
+        toml = world.agent_toml(VM, [at], [])
+        with pytest.raises(OperatorError) as caught:
+            installed.enrol(toml, code)
+    assert caught.value.code == "enrol.verifier"
+    assert installed.owner.events() == ["enrol-code"]
+
+
+def test_what_was_written_is_taken_back_if_the_next_volume_fails(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the verifier drops both keys: nothing is enrolled by halves."""
+    add = keyslots.add
+    calls: list[int] = []
+
+    def second_fails(*arguments: Any) -> luks2_change.Change:  # noqa: ANN401 - keyslots.add's
+        calls.append(1)
+        if len(calls) == 2:
+            raise DiskError("The second disk is gone.", code="enrol.device")
+        return add(*arguments)
+
+    monkeypatch.setattr(keyslots, "add", second_fails)
+    with installed.booted() as (_, toml), pytest.raises(DiskError, match="gone"):
+        installed.enrol(toml, installed.code())
+    assert [slots(one.device) for one in installed.volumes] == [[], []]
+    assert all(opens(one.device, PASSPHRASE) for one in installed.volumes)
+    assert installed.states() == {}
+
+
+def test_an_enrolment_is_undone_by_one_command_on_each_side(installed: Installed) -> None:
+    """The keyslot goes once another was proved, never the last one."""
+    volume = installed.volumes[0]
+    with installed.booted() as (_, toml):
+        installed.enrol(toml, installed.code())
+        loaded = config.load(toml)
+    targets = enrol.prepared(loaded, [volume.device], [], lambda *_: PASSPHRASE)
+    assert enrol.undo(targets, None, quiet, installed.directory / "headers") == [volume.uuid]
+    assert slots(volume.device) == []
+    assert opens(volume.device, PASSPHRASE)
+    with pytest.raises(UsageError) as caught:
+        enrol.undo(targets, None, quiet, installed.directory / "headers")
+    assert caught.value.code == "enrol.slot"
+
+
+def test_a_new_volume_key_is_told_to_the_verifier(installed: Installed) -> None:
+    """The data is another's under another key; the passphrase and the new key open it, and verdicts say where it was made."""
+    before = [one.device.read_bytes()[16 << 20 :] for one in installed.volumes]
+    for one in installed.volumes:
+        reencrypt(one.device, PASSPHRASE, quiet)
+        assert opens(one.device, PASSPHRASE)
+    assert all(
+        was != one.device.read_bytes()[16 << 20 :] for was, one in zip(before, installed.volumes, strict=True)
+    )
+    with installed.booted() as (_, toml):
+        done = installed.enrol(toml, installed.code(), reencrypted=True)
+        assert done.confirmed
+    with installed.owner.verifier.store.read() as txn:
+        assert {one.provenance for one in enrolments.of_vm(txn, VM)} == {"attested-vm"}
+    assert installed.owner.events(done.session)[-1] == "confirmed-reencrypted"
+    with installed.booted(*installed.volumes) as (_, toml):
+        assert len(unlock(config.load(toml), quiet, prove=True).volumes) == 2
+
+
+def test_a_system_with_open_doors_enrols_nothing(installed: Installed, tmp_path: Path) -> None:
+    """Until each is closed, or accepted by name."""
+    root = tmp_path / "root"
+    for directory in ("etc/kagimori", "proc", "sys/class/block"):
+        (root / directory).mkdir(parents=True)
+    (root / "etc/systemd/system").mkdir(parents=True)
+    (root / "etc/systemd/system/qemu-guest-agent.service").write_text("[Service]\n")
+    doors = host_doors.open_doors(root, [])
+    assert doors
+    with pytest.raises(OperatorError) as caught:
+        enrol.require_closed([], root)
+    assert caught.value.code == "enrol.doors"
+    lines = "".join(f"{door.id} the owner wants it\n" for door in doors)
+    (root / host_doors.ACCEPTED).write_text(lines)
+    enrol.require_closed([], root)
+
+
+def test_the_command_takes_code_and_passphrase_by_descriptors_and_tells_it_as_json(
+    installed: Installed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a program runs it; neither stands in an argument, nor in what is printed."""
+    monkeypatch.setattr(host_doors, "open_doors", lambda *_: [])
+    code = installed.code().text()
+    with installed.booted() as (_, toml):
+        words = ["enrol", "--config", str(toml), "--json", "--backup", str(installed.directory / "kept")]
+        for volume in installed.volumes:
+            words += ["--device", str(volume.device)]
+        given = {"--code-fd": code.upper().encode() + b"\n", "--passphrase-fd": PASSPHRASE + b"\n"}
+        for option, content in given.items():
+            reader, writer = os.pipe()
+            os.write(writer, content)
+            os.close(writer)
+            words += [option, str(reader)]
+        assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out[out.index("{\n") :])  # behind what the verifier logs in this process
+    assert (told["confirmed"], [one["slot"] for one in told["volumes"]]) == (True, ["1", "1"])
+    assert code not in out + err
+    assert PASSPHRASE.decode() not in out + err
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kagimori_agent import config, enrol, keyslots
+from kagimori_protocol.enrol_code import EnrolCode
+toml, device, backups, code, passphrase, where = sys.argv[1:]
+write, at = os.pwrite, int(where)
+count = [0]
+loaded = config.load(Path(toml))
+targets = enrol.prepared(loaded, [Path(device)], [], lambda *_: passphrase.encode())
+def counting(file, data, offset):
+    if os.readlink(f"/proc/self/fd/{file}") == device:
+        count[0] += 1
+        if count[0] > at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return write(file, data, offset)
+os.pwrite = counting
+enrol.enrol(loaded, Path(toml), EnrolCode.parse(code), targets, lambda _: None, backups=Path(backups))
+"""
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_an_agent_that_is_killed_at_a_write_leaves_a_volume_that_opens_and_can_be_enrolled(
+    installed: Installed, writes: int
+) -> None:
+    """Kill -9 before each write of the header; the same thing done again, with a new code, ends well."""
+    volume = installed.volumes[0]
+    with installed.booted() as (_, toml):
+        words = [
+            toml,
+            volume.device,
+            installed.directory / "headers",
+            installed.code().text(),
+            PASSPHRASE.decode(),
+            writes,
+        ]
+        program = textwrap.dedent(KILLED)
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, words)], capture_output=True, check=False, timeout=60
+        )
+        assert done.returncode == -9, done.stderr.decode()
+        assert opens(volume.device, PASSPHRASE)
+        assert installed.states() == {volume.uuid: "staged"}
+        assert installed.enrol(toml, installed.code()).confirmed
+    assert opens(volume.device, PASSPHRASE)
+    with installed.booted(*installed.volumes) as (_, toml):
+        assert len(unlock(config.load(toml), quiet, prove=True).volumes) == 2
