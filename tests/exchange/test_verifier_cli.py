@@ -80,6 +80,7 @@ BAD: dict[tuple[str, ...], tuple[str, ...]] = {
     ("vm", "chip", "add"): ("nobody", CHIP),
     ("vm", "chip", "remove"): ("web1", "ab" * 64),
     ("volume", "add"): ("--vm", "nobody", "--device", "/dev/null", "--key-file", "/dev/null"),
+    ("volume", "recovery"): (*("--vm", "web1", "--uuid", UUID, "--device", "/dev/null", "--output-fd", "1"),),
     ("volume", "remove"): ("--vm", "web1", UUID),
     ("image", "enrol"): ("/dev/null", "--vm", "nobody", "--key-file", "/dev/null"),
     ("volume", "reseal"): ("--vm", "nobody", "--uuid", UUID, "--device", "/dev/null"),

@@ -1,14 +1,17 @@
-"""A recovery key comes back from paper: a verifier keeps it as a volume's unlock key, and releases it to an attested VM.
+"""Recovery keys: unlock keys that lie on paper, and nowhere else, until a verifier has lost the others.
 
-It is never typed where the host reads along: not at the VM's console, which is the host's, but at a verifier.
+A recovery key has a keyslot of its own, with its own token in the header (``luks2_guard``), so that it stays good whatever
+becomes of the other keyslots. It is never typed where the host reads along: not at the VM's console, which is the host's, but
+at a verifier, which keeps it as the volume's unlock key and releases it to the attested VM.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kagimori_protocol import luks2_change, luks2_guard
 from kagimori_protocol.errors import OperatorError
-from kagimori_verifier import ledger
+from kagimori_verifier import ledger, luks_enrol
 from kagimori_verifier.enrolment import FIRST_VERSION, require_place
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.states import ACTIVE
@@ -17,11 +20,53 @@ from kagimori_verifier.store.enrolments import EnrolledRow
 from kagimori_verifier.store.vms import VolumeRow
 
 if TYPE_CHECKING:
-    from kagimori_verifier.store import Txn
+    from pathlib import Path
+
+    from kagimori_verifier.store import Store, Txn
 
 ORIGIN: Final = "recovery"
 LEAST_EPOCH: Final = 0
 """Nobody here knows the header's epoch: the VM takes any header that this key authenticates, an older one, too."""
+
+
+def add_keyslot(  # noqa: PLR0913 - what one volume consists of, by name only
+    store: Store, kek: bytes, *, vm_id: str, uuid: str, device: Path, backup: Path, at_s: int
+) -> tuple[bytes, str]:
+    """Give a volume a keyslot for a new recovery key; returns that key, which nobody else has, and the keyslot's number.
+
+    The volume's own unlock key vouches for the header that is changed, and opens it. ``backup`` is the new file that the
+    header goes to as it was. Raises DiskError and OperatorError; nothing was written then, or the error says so. Killed
+    afterwards, before anybody has seen the key, it leaves a keyslot that nothing opens.
+    """
+    with store.read() as txn:
+        row = next((one for one in vms.volumes(txn, vm_id) if one.uuid == uuid), None)
+    if row is None:
+        raise OperatorError(
+            f"{vm_id} has no active volume {uuid}.",
+            code="volume.unknown",
+            expected="a volume that is enrolled",
+            found="none",
+            todo="`kagimori-verifier volume list` shows the volumes.",
+        )
+    unlock_keys = UnlockKeys(kek)
+    own, key = unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version), unlock_keys.make()
+    with luks_enrol.opened(device) as disk:
+        image = disk.load()
+        guarded = luks2_guard.choose(image.read, image.device_size, uuid, own, row.header_epoch)
+        change = luks2_change.add_key(
+            image,
+            luks_enrol.cryptsetup,
+            passphrase=own,
+            key=key,
+            epoch=guarded.epoch,
+            salts=luks_enrol.salts(),
+        )
+        luks_enrol.keep(change, backup)
+        disk.write(change)
+    with store.write() as txn:
+        body = {"uuid": uuid, "keyslot": change.slot, "header_epoch": guarded.epoch}
+        ledger.append(txn, at_s=at_s, event="recovery-added", vm_id=vm_id, session=None, body=body)
+    return key, change.slot
 
 
 def import_key(  # noqa: PLR0913 - what a volume consists of, by name only

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from kagimori_protocol.errors import DiskError, OperatorError, UsageError
 from kagimori_verifier import enrolment, luks_enrol, partitions
-from kagimori_verifier.cli import arguments
+from kagimori_verifier.cli import arguments, header_backups
 from kagimori_verifier.cli.access import now_s, opened
 from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.cli.own_kek import own_kek
 from kagimori_verifier.cli.vms import agent_toml, known, shown_volume
-from kagimori_verifier.cli.volumes import backup_for, passphrase_of
+from kagimori_verifier.cli.volumes import passphrase_of
 from kagimori_verifier.partitions import Partition
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _enrol(options: argparse.Namespace, output: Output) -> int:
                 part=(part.offset, part.size),
                 label=names[number] if number < len(names) else f"luks-{uuid}",
                 passphrase=passphrase,
-                backup=backup_for(options, settings, uuid),
+                backup=header_backups.place(options, settings, uuid),
                 at_s=now_s(),
             )
             added.append(shown_volume(volume) | {"partition": part.number})

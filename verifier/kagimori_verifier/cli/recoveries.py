@@ -1,13 +1,17 @@
-"""``recovery``: bring a volume's key back from paper."""
+"""``volume recovery``: put a key of a volume on paper, once. ``recovery``: bring it back from there."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol import recovery_code
+from kagimori_protocol.errors import UsageError
 from kagimori_verifier import recovery
-from kagimori_verifier.cli import arguments
+from kagimori_verifier.cli import arguments, header_backups
 from kagimori_verifier.cli.access import now_s, opened
 from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.cli.own_kek import own_kek
@@ -16,6 +20,9 @@ from kagimori_verifier.cli.vms import known, shown_volume
 
 if TYPE_CHECKING:
     from kagimori_verifier.cli.output import Verbs
+
+_GROUPS: Final = 5
+"""Groups of a code on one line of a terminal."""
 
 
 def register(verbs: Verbs) -> None:
@@ -61,13 +68,108 @@ def register(verbs: Verbs) -> None:
     )
 
 
+def register_volume(volume: Verbs) -> None:
+    """Declare the verb of ``volume``."""
+    parser = add_verb(
+        volume,
+        "recovery",
+        _recovery,
+        "Give a volume a recovery keyslot, and show its code once: on this terminal, or to --output-fd. Nothing keeps it, so\n"
+        "write it down, with the UUID, and keep it where neither this verifier nor the VM's host is. By it, a verifier that\n"
+        "has lost the volume's key gets it back: `recovery import`, never the VM's console.",
+        "volume recovery --vm web1 --uuid 0b5a0e3c-... --device disk.img",
+    )
+    parser.add_argument("--vm", required=True, type=arguments.vm, metavar="NAME")
+    parser.add_argument("--uuid", required=True, type=arguments.uuid, metavar="UUID")
+    parser.add_argument(
+        "--device", required=True, type=Path, metavar="PATH", help="the device or image, on this machine"
+    )
+    parser.add_argument(
+        "--output-fd",
+        type=arguments.descriptor,
+        metavar="N",
+        help="write the code to this descriptor, on one line",
+    )
+    header_backups.declare(parser)
+
+
+def key_by(descriptor: int | None) -> bytes:
+    """Read a code as it is typed, by a descriptor or at the terminal. Raises UsageError, which names the place of a typo."""
+    code = typed(descriptor, "recovery code", "recovery.code")
+    return recovery_code.decode(code.decode(errors="replace"))
+
+
+def _recovery(options: argparse.Namespace, output: Output) -> int:
+    _require_reader(options.output_fd, as_json=output.as_json)
+    with opened(options) as (settings, store):
+        with store.read() as txn:
+            known(txn, options.vm)
+        kek = own_kek(settings, store)
+        backup = header_backups.place(options, settings, options.uuid)
+        key, slot = recovery.add_keyslot(
+            store,
+            kek,
+            vm_id=options.vm,
+            uuid=options.uuid,
+            device=options.device,
+            backup=backup,
+            at_s=now_s(),
+        )
+    code = recovery_code.encode(key)
+    if options.output_fd is None:
+        groups = code.split("-")
+        lines = ["-".join(groups[at : at + _GROUPS]) for at in range(0, len(groups), _GROUPS)]
+        shown = [f"recovery code of volume {options.uuid}, keyslot {slot}, not to be shown again:", *lines]
+        print(*shown, sep="\n", flush=True)
+    else:
+        _hand_over(options.output_fd, code)
+    output.result(
+        {"uuid": options.uuid, "keyslot": int(slot)},
+        "the header is sealed with it, and it was proved to open",
+        f"if it was not written down: cryptsetup luksKillSlot {options.device} {slot}, and run this again",
+    )
+    header_backups.note(output, backup)
+    return 0
+
+
+def _require_reader(descriptor: int | None, *, as_json: bool) -> None:
+    """Raise UsageError unless a person reads along, or somebody waits for the code: it is shown once, and never in a log."""
+    if descriptor is None:
+        there = sys.stdout is not None and sys.stdout.isatty() and not as_json
+    else:
+        try:
+            os.fstat(descriptor)
+            there = True
+        except OSError:
+            there = False
+    if not there:
+        raise UsageError(
+            "Nobody would see the recovery code.",
+            code="recovery.output",
+            expected="a terminal to show it on, or --output-fd with a descriptor that is open",
+            found="neither",
+        )
+
+
+def _hand_over(descriptor: int, code: str) -> None:
+    try:
+        os.write(descriptor, code.encode() + b"\n")
+    except OSError as error:
+        raise UsageError(
+            "The recovery code cannot be handed over.",
+            code="recovery.output",
+            expected="a descriptor that can be written",
+            found=str(error.strerror),
+            todo="Its keyslot is there, and nobody has its code: run this again, and remove that keyslot.",
+        ) from error
+
+
 def _import(options: argparse.Namespace, output: Output) -> int:
     with opened(options) as (settings, store):
         with store.read() as txn:
             known(txn, options.vm)
         kek = own_kek(settings, store)  # before anybody is asked for a code
-        code = typed(options.code_fd, "recovery code", "recovery.code")
-        key = recovery_code.decode(code.decode(errors="replace"))
+        key = key_by(options.code_fd)
         with store.write() as txn:
             known(txn, options.vm)
             row = recovery.import_key(
@@ -77,6 +179,6 @@ def _import(options: argparse.Namespace, output: Output) -> int:
         shown_volume(row),
         f"volume {row.uuid} of {row.vm_id}: its key is kept, and released to the VM as any other",
         f"next: kagimori-verifier vm config {row.vm_id}",
-        "once the VM has booted, enrol the volume anew: a key that lies on paper is not one to boot by",
+        "a key that lies on paper is not one to boot by: `volume add --recovery-code-fd N` gives the volume a new one",
     )
     return 0

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import UsageError
 from kagimori_verifier import enrolment, ledger, luks_enrol
-from kagimori_verifier.cli import arguments, enrolments
+from kagimori_verifier.cli import arguments, enrolments, header_backups, recoveries
 from kagimori_verifier.cli.access import now_s, opened, reading, unknown, writing
 from kagimori_verifier.cli.files import read_file
 from kagimori_verifier.cli.output import Output, add_verb, group
@@ -22,7 +21,6 @@ from kagimori_verifier.store import vms
 
 if TYPE_CHECKING:
     from kagimori_verifier.cli.output import Verbs
-    from kagimori_verifier.settings import Settings
 
 MAX_PASSPHRASE: Final = 8 << 20
 """Bytes that cryptsetup reads of a key file, too."""
@@ -57,7 +55,7 @@ def register(verbs: Verbs) -> None:
         metavar="NAME",
         help="mapping name in the VM (default: %(default)s)",
     )
-    _add_backup(add)
+    header_backups.declare(add)
     secret = add.add_mutually_exclusive_group()
     secret.add_argument(
         "--passphrase-fd",
@@ -68,7 +66,14 @@ def register(verbs: Verbs) -> None:
     secret.add_argument(
         "--key-file", type=Path, metavar="FILE", help="take an existing key file, all of its bytes"
     )
+    secret.add_argument(
+        "--recovery-code-fd",
+        type=arguments.descriptor,
+        metavar="N",
+        help="read the volume's recovery code from this descriptor, up to a newline",
+    )
     enrolments.register_volume(volume)
+    recoveries.register_volume(volume)
     add_verb(volume, "list", _list, "List the volumes.", "volume list")
     reseal = add_verb(
         volume,
@@ -88,7 +93,7 @@ def register(verbs: Verbs) -> None:
         action="store_true",
         help="seal it even if it is older than what is expected: you restored it",
     )
-    _add_backup(reseal)
+    header_backups.declare(reseal)
     remove = add_verb(
         volume,
         "remove",
@@ -100,15 +105,6 @@ def register(verbs: Verbs) -> None:
     remove.add_argument("uuid", type=arguments.name, metavar="UUID")
 
 
-def _add_backup(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backup",
-        type=Path,
-        metavar="FILE",
-        help="keep the header as it was in this new file (default: in headers/, beside verifier.toml)",
-    )
-
-
 def _add(options: argparse.Namespace, output: Output) -> int:
     with opened(options) as (settings, store):
         with store.read() as txn:
@@ -116,14 +112,16 @@ def _add(options: argparse.Namespace, output: Output) -> int:
         kek = own_kek(settings, store)
         with luks_enrol.opened(options.device) as disk:  # before anybody is asked for a passphrase
             uuid = disk.load().header.uuid
-        backup = backup_for(options, settings, uuid)
+        backup = header_backups.place(options, settings, uuid)
         volume = enrolment.add_volume(
             store,
             kek,
             vm_id=options.vm,
             device=options.device,
             label=options.name,
-            passphrase=passphrase_of(options),
+            passphrase=recoveries.key_by(options.recovery_code_fd)
+            if options.recovery_code_fd is not None
+            else passphrase_of(options),
             backup=backup,
             at_s=now_s(),
         )
@@ -132,7 +130,7 @@ def _add(options: argparse.Namespace, output: Output) -> int:
         f"volume {volume.uuid} of {options.vm}: keyslot added, header sealed, and proved to open",
         f"next: kagimori-verifier vm config {options.vm}",
     )
-    _note_backup(output, backup)
+    header_backups.note(output, backup)
     return 0
 
 
@@ -141,7 +139,7 @@ def _reseal(options: argparse.Namespace, output: Output) -> int:
     with opened(options) as (settings, store):
         with store.read() as txn:
             known(txn, options.vm)
-        backup = backup_for(options, settings, uuid)
+        backup = header_backups.place(options, settings, uuid)
         volume = enrolment.reseal_volume(
             store,
             own_kek(settings, store),
@@ -156,24 +154,8 @@ def _reseal(options: argparse.Namespace, output: Output) -> int:
         shown_volume(volume),
         f"volume {uuid} of {options.vm}: header sealed, epoch {volume.header_epoch}",
     )
-    _note_backup(output, backup)
+    header_backups.note(output, backup)
     return 0
-
-
-def backup_for(options: argparse.Namespace, settings: Settings, uuid: str) -> Path:
-    """Name the file that the header goes to as it was: one that is not there yet."""
-    if options.backup is not None:
-        return Path(options.backup)
-    directory = settings.path("headers")
-    numbered = (directory / f"{uuid}.{number}.img" for number in itertools.count(1))
-    return next(path for path in numbered if not path.exists())
-
-
-def _note_backup(output: Output, backup: Path) -> None:
-    if backup.exists():
-        output.note(
-            f"the header as it was: {backup}; delete it once the VM has booted, for an old passphrase opens by it"
-        )
 
 
 def _list(options: argparse.Namespace, output: Output) -> int:
