@@ -188,15 +188,18 @@ def swaps(root: Path, there: list[Mount]) -> Iterator[_Subject]:
 
 def _swap(path: str, kind: str, root: Path, there: list[Mount]) -> _Subject:
     subject = f"swap {path}"
-    if kind == "file":
-        # The mount that it lies in: the longest that it begins with, and of these the last.
-        inside = [mount for mount in there if path.startswith(mount.point.rstrip("/") + "/")]
-        number = max(reversed(inside), key=lambda mount: len(mount.point)).number if inside else None
-    else:
-        number = resting.number_of(path, root)
+    # The mount that it lies in: the longest that it begins with, and of these the last.
+    inside = [mount for mount in there if path.startswith(mount.point.rstrip("/") + "/")]
+    mount = max(reversed(inside), key=lambda one: len(one.point), default=None)
+    device = path
+    if mount is not None and mount.kind == "devtmpfs":
+        # Where /dev is by now: an initramfs moves it below the root.
+        device = "/dev/" + path.removeprefix(mount.point.rstrip("/") + "/")
+    of_file = None if mount is None else mount.number
+    number = of_file if kind == "file" else resting.number_of(device, root)
     if number is None:
         return subject, [], ["a device that the kernel does not list"]
-    name = path.removeprefix("/dev/")
+    name = device.removeprefix("/dev/")
     if name.startswith("zram") and _read(root / "sys/class/block" / name / "backing_dev") in {None, "none"}:
         return subject, [], []  # compressed in memory, and nowhere else
     return subject, [number], []

@@ -66,9 +66,23 @@ def swap_by_its_name(kernel: Kernel) -> None:
     kernel.swap("/sysroot/swapfile", "file")
 
 
+def swap_where_dev_has_moved(kernel: Kernel) -> None:
+    """The udev of initramfs-tools has moved /dev below the root, and the kernel tells the swap's place from there."""
+    lvm_on_the_volume(kernel)
+    kernel.mount("/sysroot/dev", "udev", "devtmpfs")
+    kernel.upon("dm-4", ["dm-0"], "vg-more")
+    kernel.swap("/sysroot/dev/dm-4")
+
+
 @pytest.mark.parametrize(
     "laid",
-    [root_with_the_kernels_own_below, lvm_on_the_volume, swap_in_memory, swap_by_its_name],
+    [
+        swap_where_dev_has_moved,
+        root_with_the_kernels_own_below,
+        lvm_on_the_volume,
+        swap_in_memory,
+        swap_by_its_name,
+    ],
     ids=lambda laid: laid.__name__,
 )
 def test_what_rests_on_the_agents_volume_passes(
