@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "agent",
         nargs=argparse.REMAINDER,
         metavar="VERB ...",
-        help="unlock, dry-run, doctor or cap, and its options",
+        help="unlock, dry-run, enrol, doctor or cap, and its options",
     )
     run.set_defaults(run=_run)
     return parser
@@ -192,7 +192,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_agent(command: Sequence[str], directory: Path) -> int:
     try:
-        return subprocess.run(command, check=False, cwd=directory).returncode
+        # Descriptors that the caller has opened for the agent (--code-fd, --passphrase-fd) are its to read.
+        return subprocess.run(command, check=False, cwd=directory, close_fds=False).returncode
     except OSError as error:
         raise UsageError(
             "The agent cannot be run.",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -308,3 +310,73 @@ def test_an_agent_that_is_killed_at_a_write_leaves_a_volume_that_opens_and_can_b
     assert opens(volume.device, PASSPHRASE)
     with installed.booted(*installed.volumes) as (_, toml):
         assert len(unlock(config.load(toml), quiet, prove=True).volumes) == 2
+
+
+def test_no_argument_and_no_environment_of_cryptsetup_holds_a_secret(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T17: passphrase and key reach it by pipes, and the new key is in no file that was written."""
+    seen: list[bytes] = []
+    keys: list[bytes] = []
+    start, add = subprocess.run, keyslots.add
+
+    def watched(command: list[str], **options: Any) -> Any:  # noqa: ANN401 - subprocess's own
+        seen.append(repr([command, options.get("env")]).encode())
+        return start(command, **options)
+
+    def kept(*arguments: Any) -> luks2_change.Change:  # noqa: ANN401 - keyslots.add's
+        keys.append(arguments[2])
+        return add(*arguments)
+
+    monkeypatch.setattr(subprocess, "run", watched)
+    monkeypatch.setattr(keyslots, "add", kept)
+    with installed.booted() as (_, toml):
+        installed.enrol(toml, installed.code())
+    assert len(seen) > 4
+    assert len(keys) == 2
+    for secret in (PASSPHRASE, *keys):
+        assert not any(secret in one or repr(secret).encode() in one for one in seen)
+        for path in installed.directory.rglob("*"):
+            if path.is_file():
+                assert secret not in path.read_bytes(), path
+
+
+def test_a_reencryption_that_was_killed_goes_on_and_the_passphrase_opens_meanwhile(tmp_path: Path) -> None:
+    """Kill -9 in the middle; an agent refuses the header until it has ended, and allows it then."""
+    image = tmp_path / "large.img"
+    with image.open("wb") as file:
+        file.truncate(600 << 20)
+    words = [
+        "luksFormat",
+        "--batch-mode",
+        "--type",
+        "luks2",
+        "--pbkdf",
+        "pbkdf2",
+        "--pbkdf-force-iterations",
+        "1000",
+    ]
+    subprocess.run(["cryptsetup", *words, "--key-file", "-", image], input=PASSPHRASE, check=True)
+    command = [sys.executable, "-c", REENCRYPT, str(image), PASSPHRASE.decode()]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        with image.open("rb", buffering=0) as file:
+            while b"online-reencrypt" not in os.pread(file.fileno(), 16384, 0):
+                assert process.poll() is None
+                time.sleep(0.01)
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)  # cryptsetup, too: it is in the same group
+    assert opens(image, PASSPHRASE)
+    with keyslots.opened(image) as one, pytest.raises(DiskError):
+        one.load()
+    reencrypt(image, PASSPHRASE, quiet)
+    assert opens(image, PASSPHRASE)
+    with keyslots.opened(image) as one:
+        assert list(one.load().header.json["digests"]) == ["0"]
+
+
+REENCRYPT = """
+import sys
+from pathlib import Path
+from kagimori_agent.reencrypt import reencrypt
+reencrypt(Path(sys.argv[1]), sys.argv[2].encode(), lambda _: None)
+"""
