@@ -32,6 +32,7 @@ KERNEL_OPTIONS: Final = {
     "CONFIG_SEV_GUEST": ("5.19", "the driver behind it"),
     "CONFIG_TCG_SVSM": ("6.16", "the driver of the SVSM's vTPM"),
     "CONFIG_DM_CRYPT": ("2.6", "the mapping of encrypted volumes"),
+    "CONFIG_MEMFD_CREATE": ("3.17", "a volume's header in memory"),
 }
 """Kernel options that an unlock needs: since which release, and what for. ``_is_needed`` tells when they are not."""
 

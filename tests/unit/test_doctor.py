@@ -21,7 +21,9 @@ from kagimori_simulator.machine import SnpMachine
 from kagimori_simulator.svsm import Svsm
 from kagimori_simulator.vtpm import Vtpm
 
-ALL_OPTIONS = "CONFIG_TSM_REPORTS=m\nCONFIG_SEV_GUEST=m\nCONFIG_TCG_SVSM=y\nCONFIG_DM_CRYPT=m\n"
+ALL_OPTIONS = (
+    "CONFIG_TSM_REPORTS=m\nCONFIG_SEV_GUEST=m\nCONFIG_TCG_SVSM=y\nCONFIG_DM_CRYPT=m\nCONFIG_MEMFD_CREATE=y\n"
+)
 
 
 @pytest.fixture
@@ -101,7 +103,12 @@ def test_a_configuration_that_cannot_be_read_is_the_only_finding(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("missing", "since"),
-    [("CONFIG_TCG_SVSM", "6.16"), ("CONFIG_TSM_REPORTS", "6.7"), ("CONFIG_DM_CRYPT", "2.6")],
+    [
+        ("CONFIG_TCG_SVSM", "6.16"),
+        ("CONFIG_TSM_REPORTS", "6.7"),
+        ("CONFIG_DM_CRYPT", "2.6"),
+        ("CONFIG_MEMFD_CREATE", "3.17"),
+    ],
 )
 def test_a_kernel_without_an_option_is_named_with_the_release_that_has_it(
     machine: Machine, listener: int, missing: str, since: str
