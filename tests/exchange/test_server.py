@@ -218,10 +218,10 @@ def test_a_verifier_that_is_busy_says_so_at_once(
     working, go_on = threading.Event(), threading.Event()
     challenge = Service.challenge
 
-    def slow(self: Service, request: bytes, source: str) -> Reply:
+    def slow(self: Service, request: bytes, source: str, pinned: str) -> Reply:
         working.set()
         go_on.wait(WAIT_S)
-        return challenge(self, request, source)
+        return challenge(self, request, source, pinned)
 
     monkeypatch.setattr(Service, "challenge", slow)
     directory = limited(new_verifier, tmp_path / "owner", concurrent_requests=1)
