@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +19,20 @@ from tests.unit.luks.headers import SIZE
 
 pytestmark = [pytest.mark.boot, pytest.mark.slow]
 
-SWAPPED_AS_CRYPTSETUP_STARTS = r"""
+BESIDE = 4096
+"""Bytes before the forged header on the disk that brings it: at its beginning it would make a second candidate."""
+
+SWAPPED_AS_CRYPTSETUP_STARTS = rf"""
 program=$(command -v cryptsetup)
 mv "$program" "$program.real"
 cat >"$program" <<'END'
 #!/bin/sh
 # What a host does to its own disk at this moment.
-cat /dev/disk/by-id/virtio-forged >/dev/disk/by-id/virtio-root
-echo "host: header swapped" >/dev/console
+python=$(sed -n '1s/^#!\(.*\) -IS$/\1/p' /usr/bin/kagimori-agent)
+"$python" -IS -c '
+forged = open("/dev/disk/by-id/virtio-forged", "rb").read()[{BESIDE}:]
+open("/dev/disk/by-id/virtio-root", "r+b").write(forged)
+' && echo "host: header swapped" >/dev/console
 exec "$0.real" "$@"
 END
 chmod +x "$program"
@@ -132,7 +137,7 @@ def test_a_header_swapped_as_cryptsetup_starts_changes_nothing(
     """The agent has looked, cryptsetup has not: it opens what was looked at, and the disk says a null cipher by then."""
     forged = Path(shutil.copyfile(disk, tmp_path / "forged.img"))
     Host(forged).forge(null_cipher)
-    os.truncate(forged, 2 * SIZE)
+    forged.write_bytes(bytes(BESIDE) + forged.read_bytes()[: 2 * SIZE])
     here = with_disk(site, disk)
     scene = Scene(
         meanwhile=SWAPPED_AS_CRYPTSETUP_STARTS,
