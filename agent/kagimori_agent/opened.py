@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from kagimori_agent.config import Volume
 
 ROOT: Final = Path("/")
-RECORD: Final = "run/kagimori/opened"
+RECORD: Final = "run/kagimori/mappings"
+"""Not "opened", which is what the scripts of dracut note there."""
 _FIELDS: Final = 3
 
 
@@ -60,7 +61,7 @@ def remember(volume: Volume, root: Path = ROOT) -> Mapping:
             todo="See that sysfs is mounted on /sys.",
         )
     path = root / RECORD
-    fresh = path.with_name("opened.new")
+    fresh = path.with_name("mappings.new")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fresh.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ import pytest
 from tests.unit.test_dracut_module import Machine
 from tests.unit.test_initramfs_scripts import ROOM, ROOT, Stage
 
+from kagimori_agent import opened
+
 MODULE = ROOT / "dracut-module/50kagimori"
 
 
@@ -148,3 +150,9 @@ def test_dracut_is_told_to_leave_both_out_on_a_governed_machine(
         ["bash", "-c", f'{text}\nprintf %s "$omit_dracutmodules"'], check=True, capture_output=True, text=True
     )
     assert done.stdout == omitted
+
+
+def test_no_script_writes_where_the_record_of_mappings_is() -> None:
+    """A script that noted something there would take the record's place, and every boot would be refused."""
+    scripts = [*ROOM.rglob("*"), *MODULE.rglob("*")]
+    assert [path.name for path in scripts if path.is_file() and f"/{opened.RECORD}" in path.read_text()] == []
