@@ -236,7 +236,7 @@ def test_every_act_of_the_owner_is_in_the_ledger(furnished: Desk) -> None:
     furnished.good("vm", "remove", "web1")
     events = [row["event"] for row in furnished.good("ledger", "list")][::-1]
     assert events == [
-        *("profile-added", "measurement-added", "vm-added", "reference-added"),
+        *("profile-added", "measurement-added", "vm-added", "enrol-code", "reference-added"),
         *("vm-disabled", "vm-chips", "vm-removed"),
     ]
     assert furnished.good("ledger", "verify")["lines"] == 7
