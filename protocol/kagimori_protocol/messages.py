@@ -230,6 +230,8 @@ T = TypeVar("T")
 
 _VERSION_SHOWN: Final = 10**40
 """Versions from here on are not shown to a person: JSON has room for numbers of thousands of digits."""
+_TOLD: Final = 400
+"""Characters of what is wrong with a message that are told."""
 
 
 class _Versioned(Struct):
@@ -300,8 +302,11 @@ def _decode(kind: object, body: bytes, *, versioned: bool) -> Any:  # noqa: ANN4
             )
         message = decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # msgspec's texts name the field and the rule; of values they quote none but a wrong type or an unknown name.
-        raise _malformed("message.decode", "a message of PROTOCOL.md section 3", str(error)) from None
+        # msgspec's texts name the field and the rule; of values they quote none but a wrong type or an unknown name, and
+        # these whole, however long their sender made them.
+        text = str(error)
+        found = text if len(text) <= _TOLD else f"{text[:_TOLD]}... ({len(text)} characters)"
+        raise _malformed("message.decode", "a message of PROTOCOL.md section 3", found) from None
     if msgspec.json.encode(message) != body:
         raise _malformed(
             "message.form",

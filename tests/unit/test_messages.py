@@ -187,6 +187,14 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_parsed() -> None:
     assert refused(messages.Denial, b"\xff" * messages.MAX_BODY).code == "message.decode"
 
 
+@pytest.mark.parametrize("place", ['{"type":"%s"}', '{"type":"hello","version":1,"%s":1}', '{"%s":1}'])
+def test_a_long_name_of_the_senders_choice_is_not_repeated_whole(place: str) -> None:
+    """Refusals are kept and sent: whoever chose a name does not choose how much room they take."""
+    body = (place % ("x" * (messages.MAX_BODY // 2))).encode()
+    for kind in (messages.Hello, messages.Evidence):
+        assert len(str(refused(kind, body))) < 1000
+
+
 def test_the_largest_evidence_fits_a_body() -> None:
     """All fields at their largest stay below the limit of a body."""
     largest = messages.Evidence(
