@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -365,6 +366,7 @@ def test_a_reencryption_that_was_killed_goes_on_and_the_passphrase_opens_meanwhi
                 time.sleep(0.01)
         time.sleep(0.2)
         os.killpg(process.pid, signal.SIGKILL)  # cryptsetup, too: it is in the same group
+    _await_end(process.pid)
     assert opens(image, PASSPHRASE)
     with keyslots.opened(image) as one, pytest.raises(DiskError):
         one.load()
@@ -372,6 +374,16 @@ def test_a_reencryption_that_was_killed_goes_on_and_the_passphrase_opens_meanwhi
     assert opens(image, PASSPHRASE)
     with keyslots.opened(image) as one:
         assert list(one.load().header.json["digests"]) == ["0"]
+
+
+def _await_end(group: int) -> None:
+    """Wait for all of a killed group: one that is in the middle of a write holds its locks until that has ended."""
+    deadline = time.monotonic() + 30
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+            assert time.monotonic() < deadline, "a killed process does not end"
+            time.sleep(0.01)
 
 
 REENCRYPT = """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fuzz import inputs, workshop
 from tests.fuzz import target as target_module
-from tests.fuzz.mutators import tlv
+from tests.fuzz.mutators import documents, tlv
 from tests.fuzz.target import MAX_REFUSAL, OverBound, Target, accepts, accepts_within, peak_mib
 from tests.fuzz.targets import planted, x509
 from tests.fuzz.targets.names import NAMES, load
@@ -139,3 +140,16 @@ def test_a_change_deep_inside_der_keeps_every_length_true() -> None:
         assert tlv.nodes(changed)[0].end == len(changed)
         same = tlv.replaced(whole, tree, index, whole[node.start : node.end])
         assert same == whole
+
+
+def test_a_list_that_is_repeated_again_and_again_stays_within_the_limit() -> None:
+    """One mutation may take the same list twice; a fuzzer that ran out of memory by itself would look like a finding."""
+    limit, data = 4000, b'{"versions":[%s]}' % b",".join([b"1"] * 900)
+    tracemalloc.start()
+    try:
+        for seed in range(600):
+            mutated = documents.mutate_message(data, limit, random.Random(seed), lambda one, most: one[:most])
+            assert len(mutated) <= limit
+        assert tracemalloc.get_traced_memory()[1] < 200 * limit
+    finally:
+        tracemalloc.stop()

@@ -69,7 +69,9 @@ def _change(holder: Any, name: Any, chance: random.Random, mutate: Mutate, limit
     elif pick == 2 and isinstance(holder, dict):
         holder[chance.choice(("type", "version", "0", "1", "x", name + "x"))] = value
     elif pick == 3 and isinstance(value, list):
-        holder[name] = value * chance.choice((2, 2, 9, 17, 25))
+        # What does not fit is cut off anyway; a list of all there is room for, 25 times 25, would take all memory before.
+        fit = limit // len(json.dumps(value)) + 1
+        holder[name] = value * min(fit, chance.choice((2, 2, 9, 17, 25)))
     elif isinstance(value, str):
         holder[name] = _text(value, chance, mutate, limit)
     elif isinstance(value, int):
