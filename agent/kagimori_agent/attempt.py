@@ -16,7 +16,7 @@ from msgspec import UNSET
 from kagimori_agent import VERSION, exchange
 from kagimori_agent.budget import Backoff, Budget
 from kagimori_protocol import messages, sealing, transcript
-from kagimori_protocol.errors import KagimoriError, NetworkError, PeerError, Refused
+from kagimori_protocol.errors import HardwareError, KagimoriError, NetworkError, PeerError, Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 OWN_ENTROPY_BYTES: Final = 64
 SENDINGS: Final = 4
 """How often one evidence is sent: a lost reply costs no new one, and a verifier that is gone not the whole budget."""
+PROMPT_S: Final = 10.0
+"""Seconds in which a host that does not throttle gives a report many times over."""
 _STALE: Final = frozenset({"stale-session", "used-session"})
 """Denials that a new challenge cures."""
 
@@ -88,8 +90,14 @@ def attest(  # noqa: PLR0913 - what is asked, by whom, how long, and what an enr
     backoff = Backoff(config.limits.backoff_min_s, config.limits.backoff_max_s)
     last: NetworkError | None = None
     while True:
+        left_s = budget.remaining_s()
         try:
             return _attempt(config, attester, purpose, budget, say, prove)
+        except HardwareError as error:
+            # A door that gave a report in this boot before, and then had seconds only, is not what ended the boot.
+            if error.code == "report.stalled" and last is not None and left_s < PROMPT_S:
+                raise budget.spent(last) from None
+            raise
         except NetworkError as error:
             if error.code == "budget.spent":
                 raise _spent(budget, error, last) from None

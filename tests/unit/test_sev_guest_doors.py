@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kagimori_agent import doctor
-from kagimori_agent.attempt import attest
+from kagimori_agent.attempt import PROMPT_S, Answered, attest
 from kagimori_agent.budget import Budget
 from kagimori_agent.collect import SnpDirect, SvsmVtpm
 from kagimori_agent.config import Config, load
@@ -19,7 +19,7 @@ from kagimori_agent.devices import doors, sev_guest
 from kagimori_agent.devices.configfs_tsm import ServiceReport
 from kagimori_agent.devices.doors import HINT_S, HostCertificates, choose, existing
 from kagimori_agent.devices.report import KeyWiped, PlainReport
-from kagimori_protocol.errors import HardwareError, ImageError
+from kagimori_protocol.errors import HardwareError, ImageError, KagimoriError, NetworkError
 from kagimori_protocol.tpm import pcr_selection
 
 KEY = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
@@ -324,3 +324,30 @@ def test_an_unlock_does_not_try_again_what_the_report_door_has_failed(
         attest(config, SnpDirect(Door()), "dry-run", Budget(30), lambda _: None)
     assert caught.value is error
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("left_s", "code"),
+    [(5, "budget.spent"), (PROMPT_S + 20, "report.stalled")],
+    ids=["seconds", "time enough"],
+)
+def test_a_door_that_answered_before_is_not_blamed_for_the_last_seconds_of_a_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_s: float, code: str
+) -> None:
+    """The verifier was away until then: that is what ended the boot, and what its owner should look at."""
+    config: Config = load(
+        agent_toml(tmp_path, 'kind = "snp-direct"\n[limits]\nbackoff_min_s = 0.01\nbackoff_max_s = 0.01')
+    )
+    away = NetworkError("home: no answer in time.", code="network.timeout")
+    tries = iter([away, HardwareError("stalled", code="report.stalled")])
+
+    def fail(*_: object) -> Answered:
+        raise next(tries)
+
+    monkeypatch.setattr("kagimori_agent.attempt._attempt", fail)
+    attester: Any = None
+    with pytest.raises(KagimoriError) as caught:
+        attest(config, attester, "unlock", Budget(left_s), lambda _: None)
+    assert caught.value.code == code
+    if code == "budget.spent":
+        assert "home: no answer in time." in str(caught.value)
