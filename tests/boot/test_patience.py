@@ -14,7 +14,7 @@ from tests.boot.variants import INITRAMFS_TOOLS, ROOT
 
 pytestmark = [pytest.mark.boot, pytest.mark.slow]
 
-BUDGET_S = 10
+BUDGET_S = 20
 
 
 @pytest.fixture(scope="session")
