@@ -95,6 +95,24 @@ def test_without_its_word_a_door_is_open(door: Any) -> None:  # noqa: ANN401 - a
         ("-b", "units"),
         ("emergency", "units"),
         ("crashkernel=256M", "crash-dump"),
+        ("rd.cmdline=ask", "break"),
+        ("systemd.mount-extra=/dev/vdb:/usr", "units"),
+        ("rd.systemd.mount_extra=/dev/vdb:/usr", "units"),
+        ("systemd.swap-extra=/dev/vdb", "units"),
+        ("systemd.set_credential=passwd.hashed-password.root:", "units"),
+        ("systemd.volatile=overlay", "units"),
+        ("boot=live", "units"),
+        ("netroot=nbd:10.0.2.2:1", "units"),
+        ("nfsroot=10.0.2.2:/", "units"),
+        ("root=/dev/nfs", "units"),
+        ("root=live:http://10.0.2.2/", "units"),
+        ("rd.overlay", "units"),
+        ("kgdboc=ttyS0", "debugger"),
+        ("kgdbwait", "debugger"),
+        ("ekgdboc=kbd", "debugger"),
+        ("sysrq_always_enabled", "debugger"),
+        ("efivar_ssdt=Mallory", "acpi-tables"),
+        ("acpi_rsdp=0x1000", "acpi-tables"),
     ],
 )
 def test_a_word_that_opens_a_door_is_named(word: str, door: str) -> None:
@@ -108,6 +126,8 @@ def test_a_word_that_opens_a_door_is_named(word: str, door: str) -> None:
     [
         *("init=/sbin/init", "init=/usr/lib/systemd/systemd", "systemd.unit=multi-user.target"),
         *("rd.systemd.unit=initrd.target", "panic=30", "rd.emergency=reboot", "systemd.gpt_auto=no", "quiet"),
+        *("root=/dev/mapper/cryptroot", "root=UUID=5c9e7a10-3d0f-4b7a-9a51-0c6b7d1e2f30", "root=LABEL=live"),
+        *("boot=local", "rootflags=subvol=@", "rootfstype=ext4"),
         *("console=ttyS0,115200", "breakfast=yes", "rd.luks.name=uuid=cryptroot", "kagimori.debug"),
     ],
 )

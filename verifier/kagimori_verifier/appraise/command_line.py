@@ -51,6 +51,8 @@ GIVEN_UP: Final[dict[Door, str]] = {
     "debug-shell": "a root shell waits on the host's console",
     "units": "the booted system is not the one that its root configures",
     "crash-dump": "a host that makes the kernel crash has its memory written down by another",
+    "debugger": "the kernel's debugger, or its emergency keys, obey the host's console",
+    "acpi-tables": "the kernel runs ACPI code that no PCR covers",
     "command-line": "what is booted may leave any door open: nobody has looked",
 }
 """What an owner gives up who accepts a door."""
@@ -67,8 +69,9 @@ _CLOSES: Final[dict[Door, tuple[str, str]]] = {
 }
 """The key of each word, and which of its values close the door; every one that is there must."""
 
+_UNIT_WORDS: Final = ("wants", "mask", "run", "mount_extra", "swap_extra", "set_credential", "volatile")
 _OPENS: Final[dict[Door, tuple[tuple[str, str], ...]]] = {
-    "break": (("break", ""), ("rd.break", "")),
+    "break": (("break", ""), ("rd.break", ""), ("rd.cmdline", "")),
     "init": (("init", r"/sbin/init|(?:/usr)?/lib/systemd/systemd"), ("rdinit", "")),
     "debug-shell": (("systemd.debug_shell", ""), ("rd.systemd.debug_shell", "")),
     "units": (
@@ -76,10 +79,17 @@ _OPENS: Final[dict[Door, tuple[tuple[str, str], ...]]] = {
             ("systemd.unit", r"(?:multi-user|graphical|default)\.target"),
             ("rd.systemd.unit", r"initrd\.target"),
         ),
-        *((f"{prefix}systemd.{word}", "") for prefix in ("", "rd.") for word in ("wants", "mask", "run")),
+        *((f"{prefix}systemd.{word}", "") for prefix in ("", "rd.") for word in _UNIT_WORDS),
+        # Where another root comes from than a disk that the root check can follow.
+        *(("boot", "local"), ("netroot", ""), ("nfsroot", ""), ("rd.overlay", "0|no|off")),
+        ("root", r"(?!/dev/nfs|/dev/ram|nfs|live:|nbd|iscsi:|http|virtiofs:).*"),
         *((word, "") for word in ("emergency", "rescue", "single", "s", "S", "1", "_b", "rd.rescue")),
     ),
     "crash-dump": (("crashkernel", ""),),
+    "debugger": tuple(
+        (word, "") for word in ("kgdboc", "kgdbdbgp", "kgdbwait", "ekgdboc", "sysrq_always_enabled")
+    ),
+    "acpi-tables": (("efivar_ssdt", ""), ("acpi_rsdp", "")),
 }
 """Keys that open a door, and the values with which they do not."""
 

@@ -28,6 +28,8 @@ Door = Literal[
     "debug-shell",
     "units",
     "crash-dump",
+    "debugger",
+    "acpi-tables",
     "command-line",
 ]
 """What a command line may leave open (``command_line``); the last is one whose text nobody knows."""
