@@ -43,7 +43,7 @@ exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line: what its --help, its manual page and its completions say."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--config",

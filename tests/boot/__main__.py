@@ -22,6 +22,8 @@ EXIT_FAILED: Final = 1
 EXIT_NOT_ROOT: Final = 2
 EXIT_STOPPED: Final = 130
 
+_PROCESSORS: Final = 2
+"""A whole Debian starts many services at once, unlike an initramfs."""
 _LOGIN: Final = r"^\S+ login: "
 
 
@@ -71,7 +73,7 @@ def _show(*, console: bool) -> int:
         _refused(site, say)
     say.step("booting the machine")
     with tempfile.TemporaryDirectory(prefix="kagimori-") as place, site.serving() as served:
-        run = Site(estate, Path(place))
+        run = Site(estate, Path(place), processors=_PROCESSORS)
         with run.booted(served.url) as machine:
             with live.watched(machine, say.line):
                 machine.wait_for(_LOGIN, BOOT_S)
@@ -85,7 +87,12 @@ def _show(*, console: bool) -> int:
 
 def _site(cache: Cache, estate: Estate) -> Site:
     """Give the owner's verifier for exactly this image: what it has accepted is kept for the next time."""
-    parts = [estate.initramfs.parent.name, estate.volume.parent.name, estate.images.variant.cmdline]
+    parts = [
+        estate.initramfs.parent.name,
+        estate.volume.parent.name,
+        estate.images.variant.cmdline,
+        _PROCESSORS,
+    ]
     directory = cache.root / f"owned-{digest(parts)[:16]}"
     if not directory.exists():
         for old in cache.root.glob("owned-*"):
@@ -97,7 +104,7 @@ def _site(cache: Cache, estate: Estate) -> Site:
 
 def _refused(site: Site, say: _Teller) -> None:
     with tempfile.TemporaryDirectory(prefix="kagimori-") as place, site.serving() as served:
-        run = Site(site.estate, Path(place))
+        run = Site(site.estate, Path(place), processors=_PROCESSORS)
         with run.booted(served.url) as machine, live.watched(machine, say.line):
             machine.wait_off(BOOT_S)
         session = session_in(machine.said(""))

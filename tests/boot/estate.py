@@ -107,6 +107,7 @@ class Site:
     estate: Estate
     directory: Path
     world: Path | None = None
+    processors: int = 1
 
     @property
     def commands(self) -> Commands:
@@ -137,6 +138,7 @@ class Site:
                 *([machine.Disk(self.world, "world")] if self.world else []),
             ],
             verifier=verifier,
+            processors=self.processors,
         ) as running:
             yield running
 

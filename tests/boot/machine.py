@@ -210,10 +210,11 @@ def start(
     cmdline: str,
     disks: Sequence[Disk],
     verifier: str | None,
+    processors: int = 1,
 ) -> contextlib.AbstractContextManager[Machine]:
     """Switch a machine on whose kernel QEMU hands over; else as ``switch_on``."""
     boots = ["-kernel", str(kernel), "-initrd", str(initramfs), "-append", cmdline]
-    return switch_on(directory, boots=boots, disks=disks, verifier=verifier)
+    return switch_on(directory, boots=boots, disks=disks, verifier=verifier, processors=processors)
 
 
 def from_disk(image: Path) -> list[str]:
@@ -233,6 +234,7 @@ def switch_on(
     verifier: str | None,
     firmware: Firmware = PLAIN,
     tpm: bool = True,
+    processors: int = 1,
 ) -> Iterator[Machine]:
     """Switch a machine on, with its verifier at the URL ``verifier`` of this machine, or absent; off at the end.
 
@@ -255,7 +257,7 @@ def switch_on(
         ),
         *(
             "-smp",
-            "1",
+            str(processors),
             "-m",
             "1024",
             "-display",

@@ -33,7 +33,7 @@ def build(to: Path) -> None:
 def build_for(python: str, to: Path, built_here: Path) -> None:
     """Fetch the wheels for another Python, and take the compiled one from those that were made here."""
     others = to / "requirements.txt"
-    others.write_text(_without("tpm2-pytss", LOCKED.read_text(encoding="utf-8")), encoding="utf-8")
+    others.write_text(without("tpm2-pytss", LOCKED.read_text(encoding="utf-8")), encoding="utf-8")
     wanted = ["--require-hashes", "--no-deps", *target(python), "-r", str(others), "-d", str(to)]
     run(*_PIP, "download", *wanted, cwd=to)
     others.unlink()
@@ -53,12 +53,21 @@ def target(python: str) -> list[str]:
     return ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python, *words]
 
 
-def _without(package: str, requirements: str) -> str:
+def without(package: str, requirements: str) -> str:
     """Leave a package and its hashes out of a locked list."""
-    kept, dropping = [], False
+    return _parted(package, requirements)[1]
+
+
+def only(package: str, requirements: str) -> str:
+    """Leave nothing but a package and its hashes in a locked list."""
+    return _parted(package, requirements)[0]
+
+
+def _parted(package: str, requirements: str) -> tuple[str, str]:
+    parts = {True: "", False: ""}
+    of_it = False
     for line in requirements.splitlines(keepends=True):
         if not line.startswith((" ", "#")):
-            dropping = line.startswith(f"{package}==")
-        if not dropping:
-            kept.append(line)
-    return "".join(kept)
+            of_it = line.startswith(f"{package}==")
+        parts[of_it] += line
+    return parts[True], parts[False]

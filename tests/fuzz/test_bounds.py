@@ -24,6 +24,8 @@ from tests.unit.luks import headers
 from kagimori_protocol import certificate_table, luks2_layout, messages, snp
 from kagimori_verifier.verify import certificate, eventlog_layout
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT: Final = Path(__file__).parents[2] / "docs" / "fuzzing.md"
 LINEAR: Final = 3.5
 """Twice the input may take so many times as long: 2 if linear, 4 if quadratic; caches and the allocator take their part."""

@@ -26,6 +26,8 @@ from starlette.routing import Route
 
 from kagimori_verifier import serving
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 0.3
 REQUEST = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 
