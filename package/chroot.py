@@ -10,6 +10,7 @@ from typing import Final
 
 from tests.boot.archive import archive
 from tests.boot.cache import Cache
+from tests.boot.images import PRIVATE_MOUNTS
 
 from package.suites import BUILD_DEPENDS, Suite
 
@@ -81,6 +82,7 @@ def _make(suite: Suite, sources: Sequence[Path], to: Path) -> None:
     ]
     run(
         [
+            *PRIVATE_MOUNTS,
             *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", *dates),
             *(f"--include={','.join(BUILD_DEPENDS)}", suite.name, str(to / "root"), *map(str, sources)),
         ]

@@ -15,7 +15,7 @@ from typing import Final
 from package.chroot import Chroot, run
 from package.payload import LICENCES, ROOT
 
-MAINTAINER: Final = "The Kagimori developers <kagimori@localhost>"
+MAINTAINER: Final = "The Kagimori developers <developers@kagimori.invalid>"
 _COMPRESSED: Final = ("usr/share/man/*/*", "usr/share/doc/*/changelog*")
 
 
@@ -100,7 +100,7 @@ def _copyright(files: Path, licence: str) -> str:
     names = sorted(path.parent.name for path in files.glob(f"{LICENCES}/*/*"))
     beside = "".join(f"  {name}\n" for name in dict.fromkeys(names))
     return (
-        "Kagimori. Copyright: the Kagimori developers. Apache-2.0, of which\n"
+        "Kagimori, Copyright 2026 the Kagimori developers, is under Apache-2.0, of which\n"
         "/usr/share/common-licenses/Apache-2.0 is a copy.\n\n"
         "With it come these libraries from the Python Package Index, unchanged but for what was left out;\n"
         f"the licence of each is in licenses/ beside this file:\n{beside}\n"

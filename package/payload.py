@@ -82,7 +82,7 @@ def install(chroot: Chroot, fetched: Path, epoch: str) -> Path:
         "SOURCE_DATE_EPOCH": epoch,
         "PKG_CONFIG_LIBDIR": "/build/pkgconfig",
         "CFLAGS": "-O2 -g0 -ffile-prefix-map=/build=.",
-        "PATH": "/build/venv/bin:/usr/bin:/bin",
+        "PATH": "/build/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "TMPDIR": "/build/tmp",
     }
     (build / "tmp").mkdir()
@@ -111,7 +111,16 @@ def trim(chroot: Chroot, files: Path) -> None:
     for kind in ("*.pyi", "py.typed", "*.c", "*.h", "*.pxd", "*.pyx"):
         for found in top.rglob(kind):
             found.unlink()
-    for library in top.rglob("*.so*"):
+    _lighten(chroot, top)
+
+
+def _lighten(chroot: Chroot, top: Path) -> None:
+    """Take symbols from libraries, and from modules the line by which nobody starts them."""
+    for module in sorted(top.rglob("*.py")):
+        code = module.read_bytes()
+        if code.startswith(b"#!"):
+            module.write_bytes(code.partition(b"\n")[2])
+    for library in sorted(top.rglob("*.so*")):
         chroot.run("strip", "--strip-unneeded", "/" + str(library.relative_to(chroot.path)))
         library.chmod(0o644)
 

@@ -9,12 +9,15 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+MOUNTS: Final = Path("/proc/self/mountinfo")
+_MOUNT_POINT: Final = 4
 _KEPT: Final = 3
 """Entries that stay of each layer, those that were asked for last: all layers of one state take a gigabyte."""
 
@@ -38,7 +41,7 @@ class Cache:
         with self._locked():
             if not path.is_dir():
                 unfinished = self.root / f"unfinished-{layer}"
-                shutil.rmtree(unfinished, ignore_errors=True)
+                remove(unfinished)
                 unfinished.mkdir()
                 began = time.monotonic()
                 self._say(f"building {layer} ...")
@@ -48,7 +51,7 @@ class Cache:
             os.utime(path)
             entries = sorted(self.root.glob(f"{layer}-*"), key=lambda entry: entry.stat().st_mtime_ns)
             for entry in entries[:-_KEPT]:
-                shutil.rmtree(entry)
+                remove(entry)
         return path
 
     @contextlib.contextmanager
@@ -56,6 +59,26 @@ class Cache:
         with (self.root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, if it is there. Raises AssertionError, and removes nothing, if anything is mounted below it.
+
+    A build that was killed may have left this machine's own /dev there, and removing would go through it.
+    """
+    below = str(directory.resolve()) + "/"
+    points = [line.split(" ")[_MOUNT_POINT] for line in MOUNTS.read_text(encoding="utf-8").splitlines()]
+    there = [point for point in (_unescaped(point) for point in points) if point.startswith(below)]
+    assert not there, (
+        f"{there[0]} is mounted below {directory}, so that is left alone: umount it, and try again"
+    )
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _unescaped(point: str) -> str:
+    """Undo what the kernel does to blanks in paths (proc_pid_mountinfo(5))."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), point)
 
 
 def digest(parts: Iterable[object]) -> str:

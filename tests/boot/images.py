@@ -50,6 +50,8 @@ _IN_DISK: Final = (
 )
 _PYTHONS: Final = {"bookworm": "3.11", "trixie": "3.13"}
 _CRYPTTAB: Final = f"cryptroot UUID={UUID} none luks,initramfs,discard\n"
+PRIVATE_MOUNTS: Final = ("unshare", "--mount", "--propagation", "private", "--")
+"""Before a program that mounts this machine's /proc, /sys and /dev into a directory: they go with it, however it ends."""
 _TIMEOUT_S: Final = 900
 
 
@@ -145,6 +147,7 @@ def _build_debian(to: Path, variant: Variant, source: Archive) -> None:
     quiet = ["man", "locale", "doc"]
     run(
         [
+            *PRIVATE_MOUNTS,
             *("mmdebstrap", "--quiet", "--mode=root", "--variant=minbase"),
             '--aptopt=Acquire::Languages "none"',
             *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in quiet),

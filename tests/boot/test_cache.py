@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.boot import cache as caches
 from tests.boot.cache import Cache, digest
 
 
@@ -45,6 +46,26 @@ def test_a_build_that_failed_is_tried_again(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no space"):
         cache.get("layer", ["x"], fail)
     assert [path.name for path in cache.get("layer", ["x"], _builder([], "whole")).iterdir()] == ["word"]
+
+
+def test_nothing_is_removed_while_something_is_mounted_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build that was killed may leave this machine's own /proc, /sys and /dev there: removing would go through them."""
+    half = tmp_path / "cache/unfinished-layer"
+    inside = half / "root/dev of it"
+    inside.mkdir(parents=True)
+    (inside / "null").write_text("this machine's")
+    point = str(inside).replace(" ", "\\040")
+    listed = tmp_path / "mountinfo"
+    listed.write_text(f"24 1 0:6 / / rw - ext4 /dev/vda rw\n25 24 0:6 / {point} rw - devtmpfs dev rw\n")
+    monkeypatch.setattr(caches, "MOUNTS", listed)
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(AssertionError, match=r"mounted below .*unfinished-layer.*umount"):
+        cache.get("layer", ["x"], _builder([], "whole"))
+    assert (inside / "null").read_text() == "this machine's"
+    listed.write_text("24 1 0:6 / / rw - ext4 /dev/vda rw\n")
+    assert cache.get("layer", ["x"], _builder([], "whole")).is_dir()
 
 
 def test_only_the_last_few_of_a_layer_stay(tmp_path: Path) -> None:
