@@ -32,7 +32,7 @@ def package(suite: Suite) -> Package:
         (
             f"python3 (>= {suite.python}~)",
             f"python3 (<< {suite.next_python}~)",
-            *("cryptsetup-bin (>= 2:2.4)", "busybox | busybox-static", "kmod"),
+            *("cryptsetup-bin (>= 2:2.4.3)", "busybox | busybox-static", "kmod"),
             # Loaded by name, so that dpkg-shlibdeps does not see it.
             "libtss2-tcti-device0 | libtss2-tcti-device0t64",
             "cryptsetup-initramfs | dracut",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests import volumes
 from tests.desks import Desk, Done
+from tests.unit.luks.attacker import Host
 from tests.worlds import SVSM, VM, Enrolled, Owner, make_verifier
 
 from kagimori_agent.unlock import unlock
@@ -187,3 +188,17 @@ def test_a_volume_whose_key_came_from_paper_gets_a_new_one_by_its_code(shelf: Sh
     assert row.origin == "made"
     assert key != recovery_code.decode(code)
     assert volumes.opens(shelf.image, key)
+
+
+def test_no_recovery_key_vouches_for_a_header_that_the_hosts_hand_was_in(shelf: Shelf) -> None:
+    """One copy is the owner's still, so the volume opens by it; the newer one, which would be worked on, is not."""
+
+    def other_sectors(document: Any) -> None:  # noqa: ANN401 - JSON
+        segment = document["segments"]["0"]
+        segment["sector_size"] = 512 if segment["sector_size"] == 4096 else 4096
+
+    Host(shelf.image).forge(other_sectors, copies=(0,), newer=1)
+    before = shelf.image.read_bytes()
+    done = shelf.desk("--json", *shelf.words("--output-fd", "2"))
+    assert done.error == "luks.mac"
+    assert shelf.image.read_bytes() == before
