@@ -31,7 +31,7 @@ class Cache:
         self._say = say
         root.mkdir(parents=True, exist_ok=True)
 
-    def get(self, layer: str, made_from: Iterable[object], build: Callable[[Path], None]) -> Path:
+    def get(self, layer: str, made_from: Iterable[object], build: Callable[[Path], object]) -> Path:
         """Give the directory of a layer for these inputs; ``build`` fills it where it is not there yet.
 
         Inputs are texts, bytes, and paths, whose files count with names and content.

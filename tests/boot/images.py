@@ -70,8 +70,8 @@ class Images:
 
 def build(cache: Cache, variant: Variant) -> Images:
     """Build everything that does not depend on a verifier. Hardware and root are the same for all variants."""
-    first, base = _build_base(cache, INITRAMFS_TOOLS)
-    _, own = (first, base) if variant is INITRAMFS_TOOLS else _build_base(cache, variant)
+    first, base = build_base(cache, INITRAMFS_TOOLS)
+    _, own = (first, base) if variant is INITRAMFS_TOOLS else build_base(cache, variant)
     amd = cache.get("amd", ["1"], _build_amd)
     hardware = cache.get(
         "hardware", [base.name, amd.name, "2"], lambda to: _build_hardware(to, base / "root", amd)
@@ -92,8 +92,8 @@ def build(cache: Cache, variant: Variant) -> Images:
     )
 
 
-def _build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
-    """Build a variant's Debian, and the same with the agent; gives the directories of both."""
+def build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
+    """Build a variant's Debian, and the same with the agent; gives the directories of both, in which they are ``root``."""
     source = archive(variant.suite, cache.root)
     debian = cache.get(
         f"{variant.name}.debian",
@@ -112,21 +112,27 @@ def _build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
 
 def build_initramfs(cache: Cache, images: Images, agent_toml: str) -> Path:
     """Make an initramfs for this agent.toml with what the distribution makes one with; gives its path."""
-
-    def make(to: Path) -> None:
-        chroot = to / "root"
-        copy_tree(images.chroot, chroot)
-        (chroot / "etc/kagimori").mkdir()
-        (chroot / "etc/kagimori/agent.toml").write_text(agent_toml, encoding="utf-8")
-        release = images.kernel.name.removeprefix("vmlinuz-")
-        command = [release if word == "KERNEL" else word for word in images.variant.make]
-        with (to / "make.log").open("w+b") as log:
-            in_chroot(chroot, command, log.fileno())
-        shutil.move(chroot / "made.img", to / "initrd.img")
-        shutil.rmtree(chroot)
-
     made_from = [images.chroot.parent.name, *images.variant.make, agent_toml]
-    return cache.get(f"{images.variant.name}.initramfs", made_from, make) / "initrd.img"
+    made = cache.get(
+        f"{images.variant.name}.initramfs", made_from, lambda to: make_initramfs(images, agent_toml, to)
+    )
+    return made / "initrd.img"
+
+
+def make_initramfs(images: Images, agent_toml: str, to: Path) -> Path:
+    """Make it in the directory ``to``, with the log of what makes it; gives its path."""
+    to.mkdir(exist_ok=True)
+    chroot = to / "root"
+    copy_tree(images.chroot, chroot)
+    (chroot / "etc/kagimori").mkdir()
+    (chroot / "etc/kagimori/agent.toml").write_text(agent_toml, encoding="utf-8")
+    release = images.kernel.name.removeprefix("vmlinuz-")
+    command = [release if word == "KERNEL" else word for word in images.variant.make]
+    with (to / "make.log").open("w+b") as log:
+        in_chroot(chroot, command, log.fileno())
+    shutil.move(chroot / "made.img", to / "initrd.img")
+    shutil.rmtree(chroot)
+    return to / "initrd.img"
 
 
 def _wheels(cache: Cache, python: str) -> Path:

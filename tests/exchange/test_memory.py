@@ -28,8 +28,6 @@ if sys.argv[1] == "keep":
         kept.append(bytes(key))
         return opened(volume, key, **rest)
     luks.open_volume = open_volume
-    from kagimori_agent import unlock
-    unlock.open_volume = open_volume
 code = cli.main(["unlock", "--prove", "--config", sys.argv[2]])
 print("ended", code, flush=True)
 sys.stdin.read()
