@@ -76,7 +76,7 @@ def _show(*, console: bool) -> int:
         run = Site(estate, Path(place), processors=_PROCESSORS)
         with run.booted(served.url) as machine:
             with live.watched(machine, say.line):
-                machine.wait_for(_LOGIN, BOOT_S)
+                machine.wait_for(_LOGIN, BOOT_S, prompt=True)
             say.step(f"a login prompt, {time.monotonic() - began:.0f} s after the start of ./dev boot")
             _tell_seen(site, say)
             if console:

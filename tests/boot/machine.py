@@ -68,10 +68,11 @@ class Machine:
     _news: threading.Condition = field(default_factory=threading.Condition)
     _ended: bool = False
 
-    def wait_for(self, pattern: str, timeout_s: float, since: int = 0) -> Line:
+    def wait_for(self, pattern: str, timeout_s: float, since: int = 0, *, prompt: bool = False) -> Line:
         """Give the first line that matches, or fail with the console's end: at time out, or when the machine is off.
 
-        The first ``since`` lines are not looked at.
+        The first ``since`` lines are not looked at. A line has ended, unless it is a ``prompt`` that is waited for: what is
+        typed before would stand on it.
         """
         wanted = re.compile(pattern)
         deadline = time.monotonic() + timeout_s
@@ -81,7 +82,7 @@ class Machine:
                 for line in self.lines[looked_at:]:
                     if wanted.search(line.text):
                         return line
-                if self.unfinished is not None and wanted.search(self.unfinished.text):
+                if prompt and self.unfinished is not None and wanted.search(self.unfinished.text):
                     return self.unfinished
                 looked_at = len(self.lines)
                 left = deadline - time.monotonic()
