@@ -36,6 +36,15 @@ def by_another_key(_path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
     return status, reply, signature.sign(_OTHER_KEY, body, reply)
 
 
+def in_its_name(_path: str, body: bytes, ask: Callable[[], Reply]) -> Reply:
+    """Give the verifier's own words under another key, by the name of the verifier's."""
+    status, reply, genuine = ask()
+    assert genuine is not None, "the verifier has not signed"
+    named, _, _ = genuine.rpartition("; sig=")
+    _, _, forged = signature.sign(_OTHER_KEY, body, reply).rpartition("; sig=")
+    return status, reply, f"{named}; sig={forged}"
+
+
 class Host:
     """Whoever carries: honest but for what is set here, by path."""
 
@@ -90,7 +99,7 @@ def babbling() -> Iterator[str]:
 
 
 def test_a_boot_outlasts_whatever_is_no_verifier(site: Site) -> None:
-    """No cable, nobody, garbage, no signature, another's, silence, a planted key, a cable pulled behind the evidence.
+    """No cable, nobody, garbage, no signature, two of another's, silence, a planted key, a cable pulled behind the evidence.
 
     In 2009, as far as the machine's clock knows. The reply was lost, so the same evidence gets the same answer, under one
     ledger line; and the Confirm that nobody took is sent by the booted system until somebody does.
@@ -118,7 +127,8 @@ def test_a_boot_outlasts_whatever_is_no_verifier(site: Site) -> None:
         machine.wait_for(r"home: what came is not HTTP", BOOT_S)
         for lie, told in (
             (unsigned, r"home: the answer is not signed$"),
-            (by_another_key, r"home: the answer is not signed by this verifier for this request"),
+            (by_another_key, r"home: the answer is signed by a key that agent\.toml does not name"),
+            (in_its_name, r"home: the answer is not signed by this verifier for this request"),
             (host.slow, r"home: no answer in time"),
         ):
             host.lies = {messages.PATH_CHALLENGE: lie}
