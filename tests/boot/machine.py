@@ -107,9 +107,10 @@ class Machine:
         """Give the lines so far that match."""
         return [line.text for line in list(self.lines) if re.search(pattern, line.text)]
 
-    def tail(self, count: int = 40) -> str:
-        """Give the console's end."""
-        return "\n".join(f"{line.at_s:7.2f}  {line.text}" for line in self.lines[-count:])
+    def tail(self, count: int = 25) -> str:
+        """Give the console's end, short enough that a report of two failures holds both."""
+        last = [*self.lines, *([self.unfinished] if self.unfinished else [])][-count:]
+        return "\n".join(f"{line.at_s:7.2f}  {line.text[:140]}" for line in last)
 
     def type(self, text: str) -> None:
         """Type a line at the serial console, as whoever has the host can."""
