@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,19 @@ def of(
 
 def _build_owner(to: Path, built: Images, kind: str, measurement: str) -> None:
     """Enrol, as README.md does by hand: root, profile, measurement, VM, and a keyslot in the volume."""
+    owner = make_owner(to, built, kind, measurement)
+    shutil.copy(built.volume, to / "disk.img")
+    owner(
+        *("volume", "add", "--vm", VM, "--device", str(to / "disk.img"), "--passphrase-fd", "0"),
+        stdin=PASSPHRASE.decode(),
+    )
+    (to / "agent.toml").write_text(config_of(owner), encoding="utf-8")
+
+
+def make_owner(
+    to: Path, built: Images, kind: str = "svsm-vtpm", measurement: str = MEASUREMENT
+) -> Callable[..., Done]:
+    """Make a verifier in ``to`` that knows a VM of these images, and no volume of it; gives its command line."""
     owner = Commands(to).verifier
     owner(
         "init",
@@ -90,14 +103,12 @@ def _build_owner(to: Path, built: Images, kind: str, measurement: str) -> None:
         *("--label", "known", *(("--svsm-feature", "vtpm") if kind == "svsm-vtpm" else ())),
     )
     owner("vm", "add", VM, "--profile", PROFILE, "--chip", built.chip_id)
-    shutil.copy(built.volume, to / "disk.img")
-    owner(
-        *("volume", "add", "--vm", VM, "--device", str(to / "disk.img"), "--passphrase-fd", "0"),
-        stdin=PASSPHRASE.decode(),
-    )
-    # The TPM that QEMU gives a machine stands for the SVSM's, whose driver Debian's kernels do not have.
-    text = owner("vm", "config", VM).stdout.replace('driver = "tpm_svsm"', 'driver = "tpm_crb"')
-    (to / "agent.toml").write_text(text, encoding="utf-8")
+    return owner
+
+
+def config_of(owner: Callable[..., Done]) -> str:
+    """Give the VM's agent.toml: the TPM that QEMU gives it stands for the SVSM's, whose driver Debian's kernels do not have."""
+    return owner("vm", "config", VM).stdout.replace('driver = "tpm_svsm"', 'driver = "tpm_crb"')
 
 
 @dataclass

@@ -171,10 +171,11 @@ def _text(raw: bytes) -> str:
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk image, which a machine only reads: what it writes is thrown away. ``serial`` names it in the guest."""
+    """A disk image. ``serial`` names it in the guest; what that writes is thrown away, unless it is ``kept``."""
 
     path: Path
     serial: str
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,8 @@ def switch_on(
         *("-device", "virtio-net-pci,netdev=n0,romfile="),
     ]
     for number, disk in enumerate(disks):
-        command += ["-drive", f"file={disk.path},if=none,id=d{number},format=raw,snapshot=on"]
+        snapshot = "off" if disk.kept else "on"
+        command += ["-drive", f"file={disk.path},if=none,id=d{number},format=raw,snapshot={snapshot}"]
         command += ["-device", f"virtio-blk-pci,drive=d{number},serial={disk.serial}"]
     shutil.copy(firmware.variables, directory / "vars.fd")
     with _tpm(directory) as socket_path:

@@ -76,7 +76,7 @@ def played(site: Site, verifier: str | None, scene: Scene) -> Iterator[Machine]:
     }
     for serial, text in scripts.items():
         if text:
-            disks.append(Disk(_as_disk(site.directory / serial, text), serial))
+            disks.append(Disk(as_disk(site.directory / serial, text), serial))
     words = list(scene.words)
     if scene.dump is not None:
         words += ["-drive", f"file={scene.dump},if=none,id=dump,format=raw"]
@@ -89,7 +89,7 @@ def played(site: Site, verifier: str | None, scene: Scene) -> Iterator[Machine]:
         yield running
 
 
-def _as_disk(path: Path, text: str) -> Path:
+def as_disk(path: Path, text: str) -> Path:
     """Write a text as a disk, which has whole sectors: line breaks fill the last one."""
     content = text.encode()
     path.write_bytes(content + b"\n" * (-len(content) % _SECTOR))

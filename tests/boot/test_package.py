@@ -31,6 +31,7 @@ def _debian(estate: Estate, to: Path) -> Path:
     """Give a Debian as its mirror has it, without the agent, in ``to``."""
     cache = Cache(ROOT / ".dev" / "boot")
     base, _ = images.build_base(cache, INITRAMFS_TOOLS)
+    to.parent.mkdir(exist_ok=True)
     images.copy_tree(base / "root", to)
     return to
 
