@@ -11,6 +11,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Final
 
+from kagimori_agent.lean import load_requests
 from kagimori_protocol.errors import NetworkError
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def in_short(error: NetworkError) -> str:
 
 def code_of(error: Exception) -> str | None:
     """Sort what requests, urllib3, http.client or a socket raised; None for what is none of theirs."""
+    load_requests()
     import requests  # noqa: PLC0415 - the import budget above
     import urllib3  # noqa: PLC0415 - the import budget above
 

@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from kagimori_agent.away import away, in_short
+from kagimori_agent.lean import load_requests
 from kagimori_agent.line import Line, Received, Request
 from kagimori_protocol import signature
 from kagimori_protocol.errors import NetworkError, NotAuthentic
@@ -58,7 +59,7 @@ class Reply:
 
 def preload() -> None:
     """Load what the first attempt would have to load."""
-    import requests  # noqa: F401, PLC0415 - the import budget above; loading it is the purpose
+    load_requests()
 
 
 def post(  # noqa: PLR0913 - what, whereto, and three limits that have no good default

@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, cast
 
 from kagimori_agent.away import away, code_of, reason_of
+from kagimori_agent.lean import load_requests
 from kagimori_protocol.errors import NetworkError
 from kagimori_protocol.messages import MAX_BODY
 from kagimori_protocol.signature import HEADER, HEADER_KEYS, write_key_ids
@@ -182,6 +183,7 @@ def _fetch(line: Line, request: Request) -> Received:
 
 def _session(line: Line, *, tls_is_verified: bool) -> requests.Session:
     """Make a session that takes nothing from its surroundings and hands each connection to ``line``."""
+    load_requests()
     import requests  # noqa: PLC0415 - the import budget above
     import urllib3  # noqa: PLC0415 - the import budget above
     from requests.adapters import HTTPAdapter  # noqa: PLC0415 - the import budget above

@@ -45,7 +45,9 @@ def main() -> int:
     try:
         return agent(arguments)
     finally:
-        _record(record, sorted(TRIED | set(sys.modules)))
+        # What the agent has put aside (``kagimori_agent.lean``) was asked for, and is not there.
+        aside = {name for name in list(sys.modules) if sys.modules.get(name) is None}
+        _record(record, sorted((TRIED | set(sys.modules)) - aside))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from kagimori_agent.devices.report import PlainReport, require_over
 from kagimori_agent.devices.tsm_entry import Entry, GenerationChanged, explain
 from kagimori_protocol import transcript
 from kagimori_protocol.errors import HardwareError, ImageError, UsageError
-from kagimori_protocol.snp import REPORT_DATA_SIZE
+from kagimori_protocol.snp_layout import REPORT_DATA_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

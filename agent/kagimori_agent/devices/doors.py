@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from kagimori_agent.devices import device_class
 from kagimori_agent.devices.report import within
 from kagimori_protocol.errors import ImageError, KagimoriError
-from kagimori_protocol.snp import REPORT_DATA_SIZE
+from kagimori_protocol.snp_layout import REPORT_DATA_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

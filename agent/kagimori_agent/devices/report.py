@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 
 from kagimori_protocol.errors import HardwareError
-from kagimori_protocol.snp import FIELDS
+from kagimori_protocol.snp_layout import FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

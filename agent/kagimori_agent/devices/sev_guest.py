@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final
 from kagimori_agent.devices.report import DEAD_KEY, KeyWiped, Meaning, PlainReport, require_over
 from kagimori_protocol.certificate_table import ENTRY_SIZE
 from kagimori_protocol.errors import HardwareError, ImageError, KagimoriError, UsageError
-from kagimori_protocol.snp import FIELDS, REPORT_DATA_SIZE, REPORT_SIZE
+from kagimori_protocol.snp_layout import FIELDS, REPORT_DATA_SIZE, REPORT_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from kagimori_agent.devices.report import DEAD_KEY, KeyWiped, Meaning
 from kagimori_protocol.errors import HardwareError, ImageError, KagimoriError, UsageError
-from kagimori_protocol.snp import REPORT_SIZE
+from kagimori_protocol.snp_layout import REPORT_SIZE
 
 if TYPE_CHECKING:
     from pathlib import Path
