@@ -1,17 +1,18 @@
 """Put the footprint into the directory that an initramfs is made of.
 
 Both initramfs systems call this in place of copying by themselves, so that there is one truth about how. Python's
-sources go in compiled, each as the one file that an import finds (PEP 3147, "sourceless"), and never checked against a
-source that is not there (PEP 552, unchecked).
+sources go in compiled, by ``footprint_compile``.
 
-Import budget: ``py_compile``, ``shutil``, that of ``footprint``.
+Import budget: ``json``, ``shutil``, ``subprocess``, that of ``footprint``.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import py_compile
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,8 @@ from kagimori_agent.settings import boot_settings
 from kagimori_protocol.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kagimori_agent.config import Config
 
 CONFIG: Final = Path("/etc/kagimori/agent.toml")
@@ -34,6 +37,9 @@ from kagimori_agent.cli import main
 sys.exit(main())
 """
 """-I: neither environment nor working directory add modules; -S: nor does ``site``, whose files are not there."""
+_COMPILER: Final = Path(__file__).with_name("footprint_compile.py")
+_COMPILE_S: Final = 600
+"""Seconds for what takes three on an idle machine: whoever makes an initramfs may do much else."""
 _MOST_SHEBANG: Final = 127
 """Bytes of a first line that every kernel takes (BINPRM_BUF_SIZE before Linux 5.1)."""
 
@@ -59,7 +65,9 @@ def install(
     lines = crypttab.lines_for(table, [volume.name for volume in config.volumes])
     try:
         for path in footprint.files:
-            _copy(path, directory, compiled=path in footprint.sources)
+            if path not in footprint.sources:
+                _copy(path, directory)
+        _compile(footprint.sources, directory)
         for verifier in config.verifiers:
             if verifier.ca_file is not None:
                 _write(directory, verifier.ca_file, verifier.ca_file.read_bytes(), 0o644)
@@ -67,7 +75,7 @@ def install(
         _write(directory, SETTINGS, boot_settings(config).encode(), 0o644)
         _write(directory, crypttab.CARRIED, lines.encode(), 0o644)
         _write(directory, LAUNCHER, _launcher(footprint), 0o755)
-    except (OSError, py_compile.PyCompileError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise ImageError(
             "The agent cannot be put into the initramfs.",
             code="footprint.copy",
@@ -88,22 +96,33 @@ def _launcher(footprint: Footprint) -> bytes:
     return text.encode()
 
 
-def _copy(path: Path, directory: Path, *, compiled: bool) -> None:
+def _copy(path: Path, directory: Path) -> None:
     target = directory / path.relative_to("/")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if compiled:
-        py_compile.compile(
-            str(path),
-            cfile=f"{target}c",
-            dfile=str(path),
-            doraise=True,
-            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-        )
-    elif path.is_symlink():
+    if path.is_symlink():
         if not os.path.lexists(target):
             target.symlink_to(path.readlink())
     elif not target.exists():
         shutil.copy2(path, target)
+
+
+def _compile(sources: Iterable[Path], directory: Path) -> None:
+    """Write each source's compiled file. Raises OSError and SubprocessError, with the words of what compiles."""
+    pairs = []
+    for path in sorted(sources):
+        target = directory / path.relative_to("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pairs.append((str(path), f"{target}c"))
+    done = subprocess.run(
+        [sys.executable, "-IS", "-X", "no_debug_ranges", str(_COMPILER)],
+        input=json.dumps(pairs),
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=_COMPILE_S,
+    )
+    if done.returncode != 0:
+        raise OSError(done.stderr.strip()[-500:] or f"compiling ended with {done.returncode}")
 
 
 def _write(directory: Path, path: Path, content: bytes, mode: int) -> None:

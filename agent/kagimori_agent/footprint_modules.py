@@ -19,6 +19,11 @@ _PARTS_OF_PYTHON: Final = frozenset(
 )
 """What needs no file. ``collections`` is its own ``abc`` in newer Pythons 3.13; in those before, there is a file, and it is found."""
 
+_INSIDE: Final = frozenset({"importlib._bootstrap", "importlib._bootstrap_external"})
+"""What ``importlib`` takes out of the interpreter, under other names; the files are for a Python without them."""
+_LANDMARK: Final = "os"
+"""The interpreter finds its directory by this file (Modules/getpath.py), though it has the module inside."""
+
 
 def find(name: str) -> ModuleSpec | None:
     """Find a module by its full name; None where an import would find nothing.
@@ -63,6 +68,8 @@ def files(names: Iterable[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     missing: list[str] = []
     for name in names:
+        if _is_inside(name):
+            continue
         spec = find(name)
         if spec is not None and spec.has_location and spec.origin:
             found[name] = Path(spec.origin)
@@ -77,6 +84,11 @@ def files(names: Iterable[str]) -> dict[str, Path]:
             todo="Install Kagimori again, with what it depends on.",
         )
     return found
+
+
+def _is_inside(name: str) -> bool:
+    """Tell whether the interpreter has a module frozen into it, so that no import looks at its file."""
+    return name != _LANDMARK and (name in _INSIDE or FrozenImporter.find_spec(name) is not None)
 
 
 def data(names: Iterable[str]) -> list[Path]:
