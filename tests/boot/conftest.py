@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from package.__main__ import build
 from tests.boot import estate as estates
 from tests.boot.cache import Cache
 from tests.boot.estate import BOOT_S, Estate, Site, session_in
@@ -79,6 +80,12 @@ def _can_boot() -> None:
         if IN_CI:
             pytest.fail(explanation)
         pytest.skip(explanation)
+
+
+@pytest.fixture(scope="session")
+def deb(_can_boot: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the package for Debian 12."""
+    return build("bookworm", tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="session")

@@ -92,14 +92,19 @@ def build(cache: Cache, variant: Variant) -> Images:
     )
 
 
-def build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
-    """Build a variant's Debian, and the same with the agent; gives the directories of both, in which they are ``root``."""
+def build_debian(cache: Cache, variant: Variant) -> Path:
+    """Build a variant's Debian, as its mirror has it; gives the directory in which it is ``root``."""
     source = archive(variant.suite, cache.root)
-    debian = cache.get(
+    return cache.get(
         f"{variant.name}.debian",
         [variant.suite, *variant.packages, *source.state()],
         lambda to: _build_debian(to, variant, source),
     )
+
+
+def build_base(cache: Cache, variant: Variant) -> tuple[Path, Path]:
+    """Build a variant's Debian, and the same with the agent; gives the directories of both, in which they are ``root``."""
+    debian = build_debian(cache, variant)
     wheels = _wheels(cache, _PYTHONS[variant.suite])
     rooms = [ROOT / name for name in ("agent", "protocol", "simulator", "pyproject.toml")]
     agent = cache.get(

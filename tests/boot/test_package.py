@@ -21,12 +21,6 @@ OF_DPKG = ("var/lib/dpkg", "var/log", "var/cache", "var/lib/systemd", "boot")
 """Where what dpkg and its triggers do themselves leaves traces."""
 
 
-@pytest.fixture(scope="session")
-def deb(_can_boot: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the package for Debian 12."""
-    return build("bookworm", tmp_path_factory.mktemp("dist"))
-
-
 def _debian(estate: Estate, to: Path) -> Path:
     """Give a Debian as its mirror has it, without the agent, in ``to``."""
     cache = Cache(ROOT / ".dev" / "boot")
