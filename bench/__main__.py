@@ -1,7 +1,10 @@
 """Measure Kagimori: ``./dev bench [NAME...]`` prints the tables of docs/performance.md.
 
 Names: ``attestations`` (through HTTP, beside the bare cryptography), ``stages`` (inside one attestation), ``enrolled`` (cost by
-number of VMs), ``agent`` (an unlock by part). Without one, all of them. Needs two cores, taskset and a quiet machine.
+number of VMs), ``agent`` (an unlock by part). Without one, all of these. Needs two cores, taskset and a quiet machine.
+
+``boot``, only by name: what an initramfs grows by and how long a boot waits for its key, beside clevis, mandos and dropbear. Half
+an hour of emulated machines, as root, with what the boot tests need (tests/boot).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from bench import agent, attestations, stages, worlds
+from bench import agent, attestations, boot, stages, worlds
 from bench.attestations import TINY, Scale
 
 from kagimori_protocol.messages import KINDS
@@ -60,12 +63,18 @@ def _agent(scratch: Path, scale: Scale) -> Iterator[str]:
     yield f"| **all** | {sum(taken.values()):.0f} |"
 
 
+def _boot(scratch: Path, scale: Scale) -> Iterator[str]:
+    yield from boot.rows(scratch / "boot", rounds=1 if scale is TINY else 2 * scale.rounds)
+
+
 BENCHES: Final[dict[str, tuple[str, Callable[[Path, Scale], Iterator[str]]]]] = {
     "attestations": ("Attestations a second, and the bound", _attestations),
     "stages": ("One attestation by stage, without HTTP, one thread", _stages),
     "enrolled": ("Cost by number of VMs", _enrolled),
     "agent": ("An unlock in the guest, by part", _agent),
+    "boot": ("An initramfs and its boot, beside others", _boot),
 }
+ONLY_BY_NAME: Final = frozenset({"boot"})
 
 
 def main() -> int:
@@ -87,7 +96,7 @@ def main() -> int:
         f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {_machine()}, load {os.getloadavg()[0]:.1f} before.", flush=True
     )
     with tempfile.TemporaryDirectory(prefix="kagimori-bench-") as scratch:
-        for name in options.names or BENCHES:
+        for name in options.names or [name for name in BENCHES if name not in ONLY_BY_NAME]:
             title, bench = BENCHES[name]
             print(f"\n### {title}\n", flush=True)
             for line in bench(Path(scratch), scale):
