@@ -23,7 +23,8 @@ _LINKED: Final = re.compile(r"\t(?P<name>\S+) => (?P<path>/.*) \(0x[0-9a-f]+\)")
 _LOADER: Final = re.compile(r"\t(?P<path>/\S+) \(0x[0-9a-f]+\)")
 _CACHED: Final = re.compile(r"\t(?P<name>\S+) \(.*\) => (?P<path>/.*)")
 _ENVIRONMENT: Final = {"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
-_TIMEOUT_S: Final = 60
+_TIMEOUT_S: Final = 600
+"""Seconds: an emulated machine that did other things as well once took more than sixty for the libraries of a whole Python."""
 
 
 def identity(path: Path) -> bytes | None:
@@ -110,12 +111,13 @@ def _lines(*command: str) -> list[str]:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=_ENVIRONMENT
         )
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
+        late = isinstance(error, subprocess.TimeoutExpired)
         raise ImageError(
             f"{command[0]} cannot be run, so nobody knows which libraries the agent needs.",
             code="footprint.linker",
             expected=f"the program {command[0]}, of glibc",
-            found=str(error),
+            found=f"no end of it within {_TIMEOUT_S} s" if late else str(error),
         ) from error
     if done.returncode != 0:
         raise ImageError(

@@ -236,6 +236,14 @@ def test_a_library_that_no_linker_finds_is_named_with_who_needs_it(tmp_path: Pat
     assert caught.value.found == f"not libgone.so of {tmp_path}/program"
 
 
+def test_a_linker_that_does_not_end_is_named_with_the_time_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the hundred files that it was asked about."""
+    monkeypatch.setattr(footprint_libraries, "_TIMEOUT_S", 0.001)
+    with pytest.raises(ImageError) as caught:
+        footprint_libraries.linked([Path(sys.executable).resolve()])
+    assert (caught.value.code, caught.value.found) == ("footprint.linker", "no end of it within 0.001 s")
+
+
 def test_links_are_followed_to_their_end_and_no_further(tmp_path: Path) -> None:
     """A chain of links is copied whole; one that bites its own tail is not followed for ever."""
     (tmp_path / "real").write_text("")
