@@ -227,10 +227,11 @@ def _listens(port: int) -> bool:
 
 def _bind(chroot: Path, tpm: Path, volumes: dict[str, Path]) -> None:
     """Give each rival's volume a keyslot of its own, as clevis does it: the TPM's without PCRs, which is its fastest."""
-    (chroot / "root/key").write_bytes(PASSPHRASE)
+    (chroot / "bench").mkdir()
+    (chroot / "bench/key").write_bytes(PASSPHRASE)
     inside = {}
     for name in (TANG, TPM):
-        inside[name] = chroot / "root" / volumes[name].name
+        inside[name] = chroot / "bench" / volumes[name].name
         shutil.move(volumes[name], inside[name])
     keys = chroot / _TANG_KEYS
     keys.mkdir(parents=True)
@@ -238,13 +239,13 @@ def _bind(chroot: Path, tpm: Path, volumes: dict[str, Path]) -> None:
         images.in_chroot(chroot, ["/usr/libexec/tangd-keygen", f"/{_TANG_KEYS}"], log.fileno())
         tangd = ["chroot", str(chroot), "/usr/libexec/tangd", f"/{_TANG_KEYS}"]
         with _door("", tangd) as url:
-            bound = f'clevis luks bind -f -y -k /root/key -d "/root/{inside[TANG].name}" tang'
-            script = f"""curl -sSf {url}/adv >/root/adv && {bound} '{{"url":"http://{machine.VERIFIER_AT}","adv":"/root/adv"}}'"""
+            bound = f'clevis luks bind -f -y -k /bench/key -d "/bench/{inside[TANG].name}" tang'
+            script = f"""curl -sSf {url}/adv >/bench/adv && {bound} '{{"url":"http://{machine.VERIFIER_AT}","adv":"/bench/adv"}}'"""
             images.in_chroot(chroot, ["bash", "-c", script], log.fileno())
         with _swtpm(tpm, _SWTPM_PORT):
             script = (
                 f"export TPM2TOOLS_TCTI=swtpm:host=127.0.0.1,port={_SWTPM_PORT};"
-                f" clevis luks bind -f -y -k /root/key -d /root/{inside[TPM].name} tpm2 '{{}}'"
+                f" clevis luks bind -f -y -k /bench/key -d /bench/{inside[TPM].name} tpm2 '{{}}'"
             )
             images.in_chroot(chroot, ["bash", "-c", script], log.fileno())
     for name in (TANG, TPM):
