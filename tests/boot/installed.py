@@ -126,13 +126,13 @@ class Installed:
 
 
 def install_debian(cache: Cache, variant: Variant, deb: Path, to: Path) -> Installed:
-    """Make the disks of a machine: the Debian of a variant, with a package in /root that nobody has installed yet."""
+    """Make the disks of a machine: the Debian of a variant, with a package in /srv that nobody has installed yet."""
     built = images.build(cache, variant)
     debian, _ = images.build_base(cache, variant)
     tree = to / "tree"
     to.mkdir(parents=True, exist_ok=True)
     images.copy_tree(debian / "root", tree)
-    shutil.copy(deb, tree / "root")
+    shutil.copy(deb, tree / "srv")
     install(GUEST / "hook", tree / "etc/initramfs-tools/hooks/simulated-snp")
     install(GUEST / "device", tree / "etc/initramfs-tools/scripts/init-top/simulated-snp")
     install(GUEST / "device", tree / "usr/local/lib/simulated-snp")

@@ -17,8 +17,9 @@ pytestmark = [pytest.mark.boot, pytest.mark.slow]
 LONG_S = 4 * BOOT_S
 """Seconds for what makes an initramfs in an emulated machine."""
 
+REENCRYPTED = "--reencrypt"
 INSTALL = f"""
-apt-get install -y /root/kagimori-agent_*.deb
+apt-get install -y /srv/kagimori-agent_*.deb
 kagimori-agent --version
 cat /dev/disk/by-id/virtio-toml >/run/agent.toml
 install -D -m 644 /run/agent.toml /etc/kagimori/agent.toml
@@ -26,7 +27,7 @@ kagimori-agent doctor --host-doors || echo "owner: doctor --host-doors gave $?"
 systemctl mask getty@.service serial-getty@.service
 systemctl mask sleep.target suspend.target hibernate.target hybrid-sleep.target suspend-then-hibernate.target
 code=$(cat /dev/disk/by-id/virtio-code)
-kagimori-agent enrol --device /dev/disk/by-id/virtio-root --code-fd 3 --passphrase-fd 4 3<<CODE 4<<PASSPHRASE
+kagimori-agent enrol HOW --device /dev/disk/by-id/virtio-root --code-fd 3 --passphrase-fd 4 3<<CODE 4<<PASSPHRASE
 $code
 CODE
 {PASSPHRASE.decode()}
@@ -42,9 +43,14 @@ find /etc/kagimori /usr/lib/kagimori /var/lib/kagimori 2>/dev/null | sed 's/^/ow
 
 
 @pytest.mark.usefixtures("_can_boot")
-@pytest.mark.parametrize("debian", [BOOKWORM, TRIXIE], ids=["bookworm", "trixie"])
-def test_a_debian_is_enrolled_released_and_purged_again(debian: Variant, tmp_path: Path) -> None:
-    """By the commands of docs/enrolment.md, run in the machine; once the package is gone, it asks for the passphrase again."""
+@pytest.mark.parametrize(
+    ("debian", "how"), [(BOOKWORM, ""), (TRIXIE, REENCRYPTED)], ids=["bookworm", "trixie-reencrypted"]
+)
+def test_a_debian_is_enrolled_released_and_purged_again(debian: Variant, how: str, tmp_path: Path) -> None:
+    """By the commands of docs/enrolment.md, run in the machine; once the package is gone, it asks for the passphrase again.
+
+    Reencrypted, the root is given another volume key below the mapping that it is in use by.
+    """
     cache = Cache(ROOT / ".dev" / "boot")
     vm = install_debian(cache, debian, build(debian.suite, tmp_path / "dist"), tmp_path / "installed")
     owner = make_owner(tmp_path, vm.images)
@@ -53,7 +59,7 @@ def test_a_debian_is_enrolled_released_and_purged_again(debian: Variant, tmp_pat
     code = owner("vm", "code", VM, "--json").json()["code"]
 
     with site.serving() as served:
-        first = _run(vm, site, served.url, INSTALL, {"toml": toml, "code": code})
+        first = _run(vm, site, served.url, INSTALL.replace("HOW", how), {"toml": toml, "code": code})
     assert "owner: done, 0" in first, "\n".join(line for line in first if "systemd" not in line)[-6000:]
     assert "owner: doctor --host-doors gave 1" in first, (
         "what a login prompt and sleep are, until they are masked"
@@ -61,6 +67,7 @@ def test_a_debian_is_enrolled_released_and_purged_again(debian: Variant, tmp_pat
     (volume,) = owner("volume", "list", "--json").json()
     assert volume["uuid"] == UUID
     assert volume["state"] == "waiting", "no reference value explains who was there when the code was typed"
+    assert volume["provenance"] == ("attested-vm" if how else "unknown")
     owner("volume", "accept", "--vm", VM, UUID)
 
     with site.serving() as served:
