@@ -51,6 +51,55 @@ def test_init_beside_an_old_key_or_database_touches_neither(desk: Desk, name: st
     assert desk.contents() == before
 
 
+def test_a_new_key_may_lie_where_only_systemd_reads_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not beside the database: the settings name the credential that it is handed over as."""
+    kek = tmp_path / "credstore" / "kagimori-kek"
+    done = run(capsys, "init", "--dir", tmp_path / "new", "--kek-credential", kek)
+    assert done.code == 0
+    assert f"made {kek}:" in done.out
+    assert len(kek.read_bytes()) == 32
+    assert kek.stat().st_mode & 0o077 == 0
+    assert not (tmp_path / "new" / "kek").exists()
+    desk = Desk(tmp_path / "new", capsys)
+    assert (
+        run(desk.capsys, "--config", desk.config, "--json", "backup", tmp_path / "b").error
+        == "kek.credential"
+    )
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(kek.parent))
+    desk.good("backup", tmp_path / "backup")
+
+
+def test_a_new_verifier_never_takes_anothers_key_nor_removes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The key at the usual place may be all that opens a database elsewhere."""
+    kek = tmp_path / "kagimori-kek"
+    kek.write_bytes(bytes(32))
+    kek.chmod(0o600)
+    done = run(capsys, "init", "--dir", tmp_path / "new", "--kek-credential", kek, "--json")
+    assert done.error == "kek.exists"
+    assert kek.read_bytes() == bytes(32)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_init_that_fails_takes_back_the_key_that_it_made_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the same words work once there is room."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    words = ("init", "--dir", tmp_path / "new", "--kek-credential", tmp_path / "kagimori-kek", "--json")
+    with monkeypatch.context() as broken:
+        broken.setattr(app, "create", full)
+        assert run(capsys, *words).error == "init.write"
+    assert not (tmp_path / "kagimori-kek").exists()
+    assert run(capsys, *words).code == 0
+
+
 def test_an_init_that_fails_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

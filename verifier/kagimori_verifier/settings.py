@@ -140,8 +140,8 @@ def load(path: Path) -> Settings:
     return settings
 
 
-def default_text(public_url: str, listen: str) -> str:
-    """Write the verifier.toml of a new verifier."""
+def default_text(public_url: str, listen: str, kek: Literal["file", "credential"] = "file") -> str:
+    """Write the verifier.toml of a new verifier, with the name of what gives its KEK."""
     return f"""\
 # Kagimori verifier. Relative paths are relative to this file; unknown keys are errors.
 database = "{_SQLITE}verifier.db"
@@ -150,8 +150,9 @@ listen = "{listen}"
 public_urls = ["{public_url}"]       # what agents are told to ask
 
 [kek]                                # wraps every secret in the database: back it up, apart from the database
-provider = "file"                    # or "credential", with name = the systemd credential
+provider = "{kek}"{" " * (26 - len(kek) - 2 + 0)}# "file" has a path, "credential" the name of a systemd credential
 path = "kek"
+name = "kagimori-kek"
 
 [limits]
 session_s = 300                      # how old a challenge may be

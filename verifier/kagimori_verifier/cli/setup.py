@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_LISTEN: Final = "127.0.0.1:8117"
 CONFIG: Final = "verifier.toml"
 DRAFT: Final = "verifier.toml.new"
+CREDENTIAL: Final = settings.KekSettings().name
 MADE: Final = (CONFIG, DRAFT, "kek", "verifier.db", "verifier.db-wal", "verifier.db-shm")
 """Files that init makes, or that would show that a verifier is, or was being, made here."""
 
@@ -61,6 +62,12 @@ def register(verbs: Verbs) -> None:
         metavar="URL",
         help="what agents are told to ask (default: http://LISTEN)",
     )
+    parser.add_argument(
+        "--kek-credential",
+        type=Path,
+        metavar="FILE",
+        help=f"make the key-encryption key there, not in DIR; systemd hands it over as the credential {CREDENTIAL}",
+    )
     add_verb(
         verbs,
         "serve",
@@ -72,13 +79,18 @@ def register(verbs: Verbs) -> None:
 
 def _init(options: argparse.Namespace, output: Output) -> int:
     directory: Path = options.dir
-    text = settings.default_text(options.public_url or f"http://{options.listen}", options.listen)
-    keys = _made(directory, text)
+    kek: Path = options.kek_credential or directory / "kek"
+    text = settings.default_text(
+        options.public_url or f"http://{options.listen}",
+        options.listen,
+        "file" if options.kek_credential is None else "credential",
+    )
+    keys = _made(directory, text, kek)
     public, config = b64encode(keys.current).decode(), directory / CONFIG
     output.result(
         {"config": str(config), "public_key": public, "key_id": signature.key_id(keys.current)},
         f"made {config}",
-        f"made {directory / 'kek'}: it wraps every secret. Back it up, apart from the database.",
+        f"made {kek}: it wraps every secret. Back it up, apart from the database.",
         f"public key {public}",
         "next: endorsements import, profile add, reference measurement add, vm add, volume add, serve",
         f"each with --config {config}",
@@ -86,8 +98,8 @@ def _init(options: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _made(directory: Path, text: str) -> Keys:
-    """Make all of a verifier or nothing; its settings come last, so that what has them is whole.
+def _made(directory: Path, text: str, kek: Path) -> Keys:
+    """Make all of a verifier or nothing, its KEK in ``kek``; its settings come last, so that what has them is whole.
 
     Their draft comes first: what lies beside a draft is of an init that was killed, and is taken up where it ended.
     """
@@ -111,7 +123,7 @@ def _made(directory: Path, text: str) -> Keys:
             draft.flush()
             os.fsync(draft.fileno())
             loaded = settings.load(directory / DRAFT)
-            keys = app.create(loaded, _kek(loaded.path(loaded.kek.path)), now_s())
+            keys = app.create(loaded, _kek(kek, directory / DRAFT not in new, undo_all), now_s())
             (directory / DRAFT).rename(directory / CONFIG)
             undo_all.pop_all()
     return keys
@@ -137,13 +149,16 @@ def _draft(directory: Path) -> Iterator[TextIO]:
         yield draft
 
 
-def _kek(path: Path) -> bytes:
-    """Make the KEK, or take the one that a killed init has made. Raises OperatorError."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.lstat().st_size >= KEK_SIZE:
-            return FileKek(path).read()
-        path.unlink()  # nothing can rest behind a key that was not written to its end
-    return FileKek(path).create()
+def _kek(path: Path, begun: bool, undo: contextlib.ExitStack) -> bytes:  # noqa: FBT001 - whether an init was killed here
+    """Make the KEK, or take the one that a killed init has made; only what was made here is undone. Raises OperatorError."""
+    if begun:
+        with contextlib.suppress(FileNotFoundError):
+            if path.lstat().st_size >= KEK_SIZE:
+                return FileKek(path).read()
+            path.unlink()  # nothing can rest behind a key that was not written to its end
+    kek = FileKek(path).create()
+    undo.callback(_quietly, path.unlink)
+    return kek
 
 
 def _exists(directory: Path, there: list[str]) -> OperatorError:
