@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Final
 
 from kagimori_agent import cli
-from package import manual
 from package.deb import Package
-from package.payload import PYTHON, ROOT
+from package.payload import ROOT
+from package.program import Program, copy, place_commands
 from package.suites import Suite
 
-NAME: Final = "kagimori-agent"
+PROGRAM: Final = Program("kagimori-agent", "kagimori", "agent", ("kagimori_agent", "kagimori_protocol"))
 HOOK: Final = ROOT / "initramfs-tools-hook"
 MODULE: Final = ROOT / "dracut-module"
-_LAUNCHER: Final = f"""\
-#!/usr/bin/python3 -I
-import sys
-sys.path[:0] = ["/{PYTHON}"]
-from kagimori_agent.cli import main
-sys.exit(main())
-"""
 
 
 def package(suite: Suite) -> Package:
     """Say what the control file says."""
     return Package(
-        NAME,
+        PROGRAM.name,
         "admin",
         (
             f"python3 (>= {suite.python}~)",
@@ -53,44 +45,21 @@ This package has hooks for initramfs-tools and a module for dracut. Without
 
 def place(files: Path) -> None:
     """Put everything but the Python modules where it belongs."""
-    _copy(HOOK / "common", files / "usr/lib/kagimori/boot", 0o755)
-    _copy(HOOK / "booted/booted", files / "usr/lib/kagimori/booted", 0o755)
-    _copy(
+    copy(HOOK / "common", files / "usr/lib/kagimori/boot", 0o755)
+    copy(HOOK / "booted/booted", files / "usr/lib/kagimori/booted", 0o755)
+    copy(
         HOOK / "booted/kagimori-confirm.service",
         files / "usr/lib/systemd/system/kagimori-confirm.service",
         0o644,
     )
-    _copy(HOOK / "command-line/words", files / "usr/lib/kagimori/command-line", 0o644)
-    documents = files / "usr/share/doc" / NAME
-    _copy(HOOK / "command-line/kagimori.cfg", documents / "examples/kagimori.cfg", 0o644)
+    copy(HOOK / "command-line/words", files / "usr/lib/kagimori/command-line", 0o644)
+    documents = files / "usr/share/doc" / PROGRAM.name
+    copy(HOOK / "command-line/kagimori.cfg", documents / "examples/kagimori.cfg", 0o644)
     tools = files / "usr/share/initramfs-tools"
-    _copy(HOOK / "hook", tools / "hooks/kagimori", 0o755)
+    copy(HOOK / "hook", tools / "hooks/kagimori", 0o755)
     for stage in ("init-premount", "init-bottom", "panic"):
-        _copy(HOOK / "scripts" / stage, tools / "scripts" / stage / "kagimori", 0o755)
+        copy(HOOK / "scripts" / stage, tools / "scripts" / stage / "kagimori", 0o755)
     dracut = files / "usr/lib/dracut"
-    _copy(MODULE / "50kagimori", dracut / "modules.d/50kagimori", None)
-    _copy(MODULE / "kagimori.conf", dracut / "dracut.conf.d/50-kagimori.conf", 0o644)
-    program = files / "usr/bin" / NAME
-    program.parent.mkdir(parents=True)
-    program.write_text(_LAUNCHER, encoding="utf-8")
-    program.chmod(0o755)
-    parser = cli.parser()
-    _write(files / f"usr/share/man/man8/{NAME}.8", manual.page(parser, 8, "kagimori"))
-    _write(files / f"usr/share/bash-completion/completions/{NAME}", manual.bash(parser))
-    _write(files / f"usr/share/zsh/vendor-completions/_{NAME}", manual.zsh(parser))
-
-
-def _copy(source: Path, target: Path, mode: int | None) -> None:
-    """Copy a file or all files of a directory; None keeps each file's own mode."""
-    if source.is_dir():
-        for one in sorted(source.iterdir()):
-            _copy(one, target / one.name, mode)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    target.chmod(source.stat().st_mode & 0o755 if mode is None else mode)
-
-
-def _write(target: Path, text: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    copy(MODULE / "50kagimori", dracut / "modules.d/50kagimori", None)
+    copy(MODULE / "kagimori.conf", dracut / "dracut.conf.d/50-kagimori.conf", 0o644)
+    place_commands(PROGRAM, "kagimori_agent.cli", cli.parser(), files)

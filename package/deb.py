@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from package.chroot import Chroot, run
-from package.payload import LICENCES, ROOT
+from package.payload import ROOT
 
 MAINTAINER: Final = "The Kagimori developers <developers@kagimori.invalid>"
 _COMPRESSED: Final = ("usr/share/man/*/*", "usr/share/doc/*/changelog*")
@@ -83,7 +83,7 @@ def _documents(package: Package, files: Path, full: str) -> None:
     place = files / "usr/share/doc" / package.name
     place.mkdir(parents=True, exist_ok=True)
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    place.joinpath("copyright").write_text(_copyright(files, licence), encoding="utf-8")
+    place.joinpath("copyright").write_text(_copyright(place, licence), encoding="utf-8")
     date = run(["date", "-u", "-R", "-d", f"@{epoch()}"]).strip()
     entry = f"{package.name} ({full}) unstable; urgency=medium\n\n  * See the project's CHANGELOG.md.\n\n -- {MAINTAINER}  {date}\n"
     place.joinpath("changelog.Debian").write_text(entry, encoding="utf-8")
@@ -95,9 +95,9 @@ def _documents(package: Package, files: Path, full: str) -> None:
             path.unlink()
 
 
-def _copyright(files: Path, licence: str) -> str:
+def _copyright(place: Path, licence: str) -> str:
     """Name what is in the package; every library's own licence lies beside this file."""
-    names = sorted(path.parent.name for path in files.glob(f"{LICENCES}/*/*"))
+    names = sorted(path.parent.name for path in place.glob("licenses/*/*"))
     beside = "".join(f"  {name}\n" for name in dict.fromkeys(names))
     return (
         "Kagimori, Copyright 2026 the Kagimori developers, is under Apache-2.0, of which\n"

@@ -1,4 +1,4 @@
-"""The agent's files: its own code and the locked packages, compiled in the chroot of the release that they are for."""
+"""A program's files: its own code and the locked packages, compiled in the chroot of the release that they are for."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from typing import Final
 from tests.boot import wheels
 
 from package.chroot import Chroot, run
+from package.program import Program
 
 ROOT: Final = Path(__file__).parent.parent
 REQUIREMENTS: Final = ROOT / "requirements"
-PYTHON: Final = "usr/lib/kagimori/python"
-LICENCES: Final = "usr/share/doc/kagimori-agent/licenses"
 _PIP: Final = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 _COMPILED: Final = "tpm2-pytss"
 """The one package that comes as source."""
 _WITHOUT_FAPI: Final = ("tss2-esys", "tss2-mu", "tss2-rc", "tss2-sys", "tss2-tctildr", "tss2-tcti-device")
 """What of tpm2-tss the bindings may find. Not tss2-fapi: it brings curl, and with it LDAP and Kerberos, into an initramfs."""
-_ROOMS: Final = ("kagimori_agent", "kagimori_protocol")
 
 
-def fetch(python: str, to: Path) -> None:
+def fetch(program: Program, python: str, to: Path) -> None:
     """Download what is locked: wheels for this Python, and the source of what is compiled. Raises BuildError."""
     to.mkdir()
-    for name in ("build", "agent"):
+    for name in ("build", program.lock):
         rest = to / f"{name}.txt"
         rest.write_text(wheels.without(_COMPILED, (REQUIREMENTS / f"{name}.txt").read_text(encoding="utf-8")))
         run(
@@ -43,7 +41,9 @@ def fetch(python: str, to: Path) -> None:
             ]
         )
     only = to / "source.txt"
-    only.write_text(wheels.only(_COMPILED, (REQUIREMENTS / "agent.txt").read_text(encoding="utf-8")))
+    only.write_text(
+        wheels.only(_COMPILED, (REQUIREMENTS / f"{program.lock}.txt").read_text(encoding="utf-8"))
+    )
     words = [
         "--require-hashes",
         "--no-deps",
@@ -56,7 +56,7 @@ def fetch(python: str, to: Path) -> None:
     run([*_PIP, "download", *words, "-d", str(to)])
 
 
-def install(chroot: Chroot, fetched: Path, epoch: str) -> Path:
+def install(program: Program, chroot: Chroot, fetched: Path, epoch: str) -> Path:
     """Build and install all of it in the chroot, below /build/files; gives that directory. Raises BuildError."""
     build = chroot.path / "build"
     shutil.copytree(fetched, build / "fetched")
@@ -90,18 +90,18 @@ def install(chroot: Chroot, fetched: Path, epoch: str) -> Path:
     made = ("wheel", *offline, "--no-build-isolation", "--wheel-dir", "/build/made")
     chroot.run(*pip, *made, f"/build/fetched/{compiled}", "/build/source", **settled)
     everything = sorted(f"/build/made/{path.name}" for path in (build / "made").iterdir())
-    into = ("install", *offline, "--no-compile", "--target", f"/build/files/{PYTHON}")
-    chroot.run(*pip, *into, "--require-hashes", "-r", "/build/fetched/agent.txt")
+    into = ("install", *offline, "--no-compile", "--target", f"/build/files/{program.python}")
+    chroot.run(*pip, *into, "--require-hashes", "-r", f"/build/fetched/{program.lock}.txt")
     chroot.run(*pip, *into, *everything)
     return build / "files"
 
 
-def trim(chroot: Chroot, files: Path) -> None:
+def trim(program: Program, chroot: Chroot, files: Path) -> None:
     """Take away what no run needs: other rooms, metadata but for licences, tests, symbols. Raises BuildError."""
-    top = files / PYTHON
-    _keep_licences(top, files / LICENCES)
+    top = files / program.python
+    _keep_licences(top, files / program.licences)
     for entry in sorted(top.iterdir()):
-        own = entry.name.startswith("kagimori_") and entry.name not in _ROOMS
+        own = entry.name.startswith("kagimori_") and entry.name not in program.rooms
         if own or entry.name in {"bin", "include"} or entry.name.endswith(".dist-info"):
             shutil.rmtree(entry)
     for name in ("tests", "test", "__pycache__"):
