@@ -12,10 +12,11 @@ import pytest
 PACKAGES = Path(__file__).parent.parent.parent / "package"
 
 
-def _run(root: Path, package: str, script: str, *words: str) -> str:
+def _run(root: Path, package: str, script: str, *words: str, helper: str = "") -> str:
     """Run a maintainer script with each path of the system below ``root``, and every program that it may call a stub.
 
-    The stubs write down how they were called; gives those lines, and what the script printed, each on a line of its own.
+    The stubs write down how they were called; gives those lines, and what the script printed. ``helper`` is what
+    deb-systemd-helper does besides.
     """
     text = (PACKAGES / package / script).read_text(encoding="utf-8")
     below = re.sub(r"(?<![\w./$])/(?=(?:etc|var|usr/lib|usr/share|run)/)", f"{root}/", text)
@@ -26,7 +27,8 @@ def _run(root: Path, package: str, script: str, *words: str) -> str:
         *("systemctl", "systemd-sysusers", "systemd-tmpfiles"),
     ):
         stub = programs / name
-        stub.write_text(f'#!/bin/sh\necho "{name} $*" >>{root}/called\n', encoding="utf-8")
+        does = helper if name == "deb-systemd-helper" else ""
+        stub.write_text(f'#!/bin/sh\necho "{name} $*" >>{root}/called\n{does}\n', encoding="utf-8")
         stub.chmod(0o755)
     (root / "called").write_text("")
     done = subprocess.run(
@@ -79,3 +81,77 @@ def test_only_a_purge_of_the_agent_takes_settings(words: tuple[str, ...], tmp_pa
     _put(tmp_path, *AGENTS)
     _run(tmp_path, "agent", "postrm", *words)
     assert _left(tmp_path) == set(AGENTS)
+
+
+STATE = "var/lib/kagimori-verifier/main/verifier.db"
+KEYS = (STATE, "etc/credstore/kagimori-kek", "var/backups/kagimori-verifier/verifier-1")
+
+
+def test_an_installation_of_the_verifier_makes_no_key_starts_nothing_and_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    """Its service would be skipped, too; but an operator shall not have to find out why."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    said = _run(tmp_path, "verifier", "postinst", "configure", "")
+    assert "no verifier yet" in said
+    assert "README.Debian" in said
+    assert "deb-systemd-invoke" not in said
+    assert _left(tmp_path) == set()
+
+
+def test_an_upgrade_of_the_verifier_stops_it_and_starts_it_again(tmp_path: Path) -> None:
+    """No process imports modules of two releases; also where the upgrade is broken off."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    _put(tmp_path, "var/lib/kagimori-verifier/main/verifier.toml")
+    stopped = "deb-systemd-invoke stop kagimori-verifier.service"
+    assert stopped in _run(tmp_path, "verifier", "prerm", "upgrade", "2")
+    for words in (("configure", "1"), ("abort-upgrade", "2")):
+        said = _run(tmp_path, "verifier", "postinst", *words)
+        assert "deb-systemd-invoke start kagimori-verifier.service" in said
+        assert "no verifier yet" not in said
+    assert f"{stopped}\ndeb-systemd-invoke stop kagimori-verifier-backup.timer" in _run(
+        tmp_path, "verifier", "prerm", "remove"
+    )
+
+
+@pytest.mark.parametrize("package", ["agent", "verifier"])
+def test_a_unit_that_an_operator_has_switched_off_stays_off(package: str, tmp_path: Path) -> None:
+    """An upgrade is no reason to start what was stopped for good."""
+    off = 'for word; do [ "$word" != was-enabled ] || exit 1; done'
+    said = _run(tmp_path, package, "postinst", "configure", "1", helper=off)
+    assert "update-state" in said
+    assert "helper enable" not in said
+    assert "helper enable" in _run(tmp_path, package, "postinst", "configure", "")
+
+
+def test_no_script_of_the_verifier_takes_a_key(tmp_path: Path) -> None:
+    """Not even a purge: disks that cannot be opened are lost. It says what it kept, and why."""
+    _put(tmp_path, *KEYS)
+    for script, word in (("prerm", "remove"), ("postrm", "remove"), ("postrm", "upgrade")):
+        _run(tmp_path, "verifier", script, word)
+    said = _run(tmp_path, "verifier", "postrm", "purge")
+    assert _left(tmp_path) == set(KEYS)
+    assert "cannot be opened without them" in said
+    for name in ("var/lib/kagimori-verifier", "var/backups/kagimori-verifier", "etc/credstore/kagimori-kek"):
+        assert f" {tmp_path / name}" in said
+
+
+def test_a_purge_of_a_verifier_that_was_never_made_leaves_nothing(tmp_path: Path) -> None:
+    """No directory, no link to nothing; and no word about keys that there are not."""
+    for name in ("var/lib/kagimori-verifier", "var/backups/kagimori-verifier", "etc/kagimori"):
+        (tmp_path / name).mkdir(parents=True)
+    link = tmp_path / "etc/kagimori/verifier.toml"
+    link.symlink_to(tmp_path / "var/lib/kagimori-verifier/main/verifier.toml")
+    _put(tmp_path, "usr/lib/kagimori-verifier/python/__pycache__/a.pyc")
+    assert "kept" not in _run(tmp_path, "verifier", "postrm", "purge")
+    assert _left(tmp_path) == set()
+    assert not list((tmp_path / "var/lib").iterdir())
+    assert not (tmp_path / "etc/kagimori").exists()
+
+
+def test_a_purge_of_the_verifier_spares_settings_that_are_not_its_own(tmp_path: Path) -> None:
+    """As `init --dir /etc/kagimori` made them, and those of an agent."""
+    others = {"etc/kagimori/verifier.toml", "etc/kagimori/kek", "etc/kagimori/agent.toml"}
+    _put(tmp_path, *others)
+    _run(tmp_path, "verifier", "postrm", "purge")
+    assert _left(tmp_path) == others
