@@ -12,11 +12,11 @@ import pytest
 PACKAGES = Path(__file__).parent.parent.parent / "package"
 
 
-def _run(root: Path, package: str, script: str, *words: str, helper: str = "") -> str:
+def _run(root: Path, package: str, script: str, *words: str, helper: str = "", invoke: str = "") -> str:
     """Run a maintainer script with each path of the system below ``root``, and every program that it may call a stub.
 
     The stubs write down how they were called; gives those lines, and what the script printed. ``helper`` is what
-    deb-systemd-helper does besides.
+    deb-systemd-helper does besides, ``invoke`` what deb-systemd-invoke and systemctl do.
     """
     text = (PACKAGES / package / script).read_text(encoding="utf-8")
     below = re.sub(r"(?<![\w./$])/(?=(?:etc|var|usr/lib|usr/share|run)/)", f"{root}/", text)
@@ -27,7 +27,7 @@ def _run(root: Path, package: str, script: str, *words: str, helper: str = "") -
         *("systemctl", "systemd-sysusers", "systemd-tmpfiles"),
     ):
         stub = programs / name
-        does = helper if name == "deb-systemd-helper" else ""
+        does = {"deb-systemd-helper": helper, "deb-systemd-invoke": invoke, "systemctl": invoke}.get(name, "")
         stub.write_text(f'#!/bin/sh\necho "{name} $*" >>{root}/called\n{does}\n', encoding="utf-8")
         stub.chmod(0o755)
     (root / "called").write_text("")
@@ -112,6 +112,15 @@ def test_an_upgrade_of_the_verifier_stops_it_and_starts_it_again(tmp_path: Path)
     assert f"{stopped}\ndeb-systemd-invoke stop kagimori-verifier-backup.timer" in _run(
         tmp_path, "verifier", "prerm", "remove"
     )
+
+
+def test_a_systemd_that_answers_nothing_keeps_no_package_from_going(tmp_path: Path) -> None:
+    """As in a rescue system; a package that cannot be removed is worse than a unit that was not stopped."""
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    _put(tmp_path, "var/lib/kagimori-verifier/main/verifier.toml")
+    for script, word in (("prerm", "remove"), ("postrm", "remove"), ("postrm", "purge")):
+        _run(tmp_path, "verifier", script, word, invoke="exit 1")
+    assert "journalctl" in _run(tmp_path, "verifier", "postinst", "configure", "1", invoke="exit 1")
 
 
 @pytest.mark.parametrize("package", ["agent", "verifier"])
