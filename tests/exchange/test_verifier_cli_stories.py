@@ -84,6 +84,21 @@ def test_a_new_verifier_never_takes_anothers_key_nor_removes_it(
     assert not (tmp_path / "new").exists()
 
 
+def test_an_init_that_was_killed_is_completed_with_the_key_that_it_made_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its draft says that it was begun; a key that was not written to its end is made anew."""
+    for name, written in (("whole", bytes(range(32))), ("torn", bytes(7))):
+        kek, directory = tmp_path / f"kek-{name}", tmp_path / name
+        directory.mkdir()
+        (directory / "verifier.toml.new").touch()
+        kek.write_bytes(written)
+        kek.chmod(0o600)
+        assert run(capsys, "init", "--dir", directory, "--kek-credential", kek).code == 0
+        assert (kek.read_bytes() == written) == (name == "whole")
+        assert len(kek.read_bytes()) == 32
+
+
 def test_an_init_that_fails_takes_back_the_key_that_it_made_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
