@@ -100,20 +100,25 @@ class Demo:
         return () if has_device_mapper() else ("--prove",)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    made = argparse.ArgumentParser(
         prog="kagimori-demo",
         description="Show the whole job on this machine: attest, appraise, release, unlock, and refusals that matter.",
         epilog="exit codes: 0 all went as it should; otherwise the code of what did not",
     )
-    parser.add_argument(
+    made.add_argument(
         "--json", action="store_true", help="print one JSON object at the end, and nothing else"
     )
-    parser.add_argument(
+    made.add_argument(
         "--keep", type=Path, metavar="DIR", help="work in a new directory and keep it, to look around"
     )
-    options = parser.parse_args(arguments)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    options = parser().parse_args(arguments)
     told = stage.choose(as_json=options.json)
     try:
         with _directory(options.keep) as directory:
