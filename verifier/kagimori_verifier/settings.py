@@ -150,7 +150,7 @@ listen = "{listen}"
 public_urls = ["{public_url}"]       # what agents are told to ask
 
 [kek]                                # wraps every secret in the database: back it up, apart from the database
-provider = "{kek}"{" " * (26 - len(kek) - 2 + 0)}# "file" has a path, "credential" the name of a systemd credential
+provider = "{kek}"{" " * (24 - len(kek))}# "file" has a path, "credential" the name of a systemd credential
 path = "kek"
 name = "kagimori-kek"
 
