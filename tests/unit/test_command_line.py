@@ -66,6 +66,10 @@ def test_without_its_word_a_door_is_open(door: Any) -> None:  # noqa: ANN401 - a
         ("systemd.import_credentials=yes", "credentials"),
         ("systemd.import-credentials=1", "credentials"),
         ("rd.systemd.import_credentials=yes", "credentials"),
+        ('systemd."run"=/x', "units"),
+        ('sys"temd.unit=rescue.target"', "units"),
+        ("systemd.confirm_spawn=1", "units"),
+        ("rd.systemd.setenv=LD_PRELOAD=/x", "units"),
         ("systemd.import_credentials", "credentials"),
         ("systemd.gpt_auto=on", "gpt-auto"),
         ("rd.systemd.gpt_auto=1", "gpt-auto"),
@@ -146,10 +150,11 @@ def test_a_harmless_word_opens_nothing(word: str) -> None:
         CLOSED.replace("noresume", "noresume\\"),
         CLOSED.replace("noresume", "noresume=1"),
         CLOSED.replace("noresume", "resume"),
+        CLOSED.replace("noresume", "rd.noresume"),
     ],
 )
 def test_a_word_that_may_be_read_another_way_closes_nothing(text: str) -> None:
-    """In quotes, behind a --, or beside a backslash: kernel, systemd and dracut take these apart differently."""
+    """In quotes, behind a --, beside a backslash, or with rd. before it: who reads a line takes these apart differently."""
     assert opened(text) == ["resume"]
 
 

@@ -69,7 +69,11 @@ _CLOSES: Final[dict[Door, tuple[str, str]]] = {
 }
 """The key of each word, and which of its values close the door; every one that is there must."""
 
-_UNIT_WORDS: Final = ("wants", "mask", "run", "mount_extra", "swap_extra", "set_credential", "volatile")
+_UNIT_WORDS: Final = (
+    *("wants", "mask", "run", "mount_extra", "swap_extra", "set_credential", "volatile"),
+    # What it asks on the console, fetches, gives to every program, listens at.
+    *("confirm_spawn", "pull", "setenv", "ssh_listen"),
+)
 _OPENS: Final[dict[Door, tuple[tuple[str, str], ...]]] = {
     "break": (("break", ""), ("rd.break", ""), ("rd.cmdline", "")),
     "init": (("init", r"/sbin/init|(?:/usr)?/lib/systemd/systemd"), ("rdinit", "")),
@@ -130,9 +134,14 @@ def doors(text: str) -> list[Flaw]:
     words = list(_words(text))
     found: list[Flaw] = []
     for door, (key, closing) in _CLOSES.items():
-        said = [(word, value, plain) for word, name, value, plain in words if name in {key, f"rd.{key}"}]
+        # With rd. before it, a word may open the door, and closes it at most in the initramfs.
+        said = [
+            (word, value, plain and name == key)
+            for word, name, value, plain in words
+            if name in {key, f"rd.{key}"}
+        ]
         wrong = [word for word, value, _ in said if not re.fullmatch(closing, value)]
-        if wrong or not any(plain for _, _, plain in said):
+        if wrong or not any(closes for _, _, closes in said):
             found.append(Flaw(door, REQUIRED[door], wrong[0] if wrong else f"no {REQUIRED[door]}"))
     for door, keys in _OPENS.items():
         for key, harmless in keys:
@@ -177,6 +186,7 @@ def _words(text: str) -> Iterator[tuple[str, str, str, bool]]:
                 quote = "" if quote else character
         if word == "--":
             outside = False
-        bare = word.strip("\"'")
+        # Wherever they stand in it: systemd takes them off there, too.
+        bare = re.sub("[\"']", "", word)
         key, _, value = bare.partition("=")
         yield word, key.replace("-", "_"), value, plain and bare == word and "\\" not in word
