@@ -198,7 +198,8 @@ def _unlock(options: argparse.Namespace) -> int:
             unlocked = _get_unlocked(options)
         except BaseException:
             # Whatever it was, it may have come before the unlock's own cap, or into the middle of it.
-            _cap_all(options)
+            with signals.unheeded():
+                _cap_all(options)
             raise
     if options.json:
         _print_json(

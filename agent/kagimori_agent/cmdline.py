@@ -25,10 +25,14 @@ FORM: Final = f"{ADDRESS_WORD}ADDRESS/LENGTH[,gateway=ADDRESS][,dns=ADDRESS]...[
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """What was said: whether to tell more, and the network that takes the place of agent.toml's."""
+    """What was said: whether to tell more, and the network that takes the place of agent.toml's.
+
+    ``luks_names`` is what it calls volumes, as pairs of UUID and name: said to systemd-cryptsetup or dracut, not to us.
+    """
 
     debug: bool = False
     network: Network | None = None
+    luks_names: tuple[tuple[str, str], ...] = ()
 
 
 def read(path: Path = PATH) -> CommandLine:
@@ -50,7 +54,10 @@ def parse(text: str) -> CommandLine:
     """Take a command line apart. Raises ImageError for what it may not set."""
     debug = False
     network: Network | None = None
+    names: list[tuple[str, str]] = []
     for word in text.split():
+        if (pair := _luks_name(word)) is not None:
+            names.append(pair)
         bare = word.lstrip('"').casefold()  # the kernel takes quotes around a word off
         if not bare.startswith("kagimori."):
             continue
@@ -60,7 +67,36 @@ def parse(text: str) -> CommandLine:
             network = _network(word)
         else:
             raise _refused("cmdline.word", f"no word of ours but {DEBUG_WORD} and, once, {FORM}", word)
-    return CommandLine(debug, network)
+    return CommandLine(debug, network, tuple(names))
+
+
+def check_names(line: CommandLine, volumes: dict[str, str]) -> None:
+    """Hold that no volume of agent.toml, name by UUID, has another name there. Raises ImageError.
+
+    Whoever reads such a word would not find the volume open under that name, and would ask the console for its passphrase.
+    """
+    for uuid, name in line.luks_names:
+        ours = volumes.get(uuid)
+        if ours is not None and ours != name:
+            raise ImageError(
+                "The kernel command line gives a volume of agent.toml another name.",
+                code="cmdline.luks-name",
+                expected=f"rd.luks.name={uuid}={ours}, or no such word",
+                found=ascii(name[:80]),
+                todo="Change the word, or the volume's name in agent.toml, and build the image again.",
+            )
+
+
+def _luks_name(word: str) -> tuple[str, str] | None:
+    """Give UUID and name of a word ``rd.luks.name=UUID=NAME`` or ``luks.name=``, as systemd and dracut read it.
+
+    They take quotes off wherever these stand. Source: systemd-cryptsetup-generator(8), dracut.cmdline(7).
+    """
+    key, _, value = word.replace('"', "").replace("'", "").partition("=")
+    if key not in {"rd.luks.name", "luks.name"}:
+        return None
+    uuid, _, name = value.partition("=")
+    return uuid.removeprefix("luks-").casefold(), name
 
 
 def _network(word: str) -> Network:

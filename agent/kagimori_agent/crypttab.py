@@ -29,6 +29,16 @@ FLAGS: Final = {
 }
 """Options that change the mapping, by what cryptsetup calls them."""
 
+DISKS: Final = Path("/dev/disk")
+"""Where udev names devices by what they carry."""
+_TAGS: Final = {
+    "UUID": "by-uuid",
+    "PARTUUID": "by-partuuid",
+    "LABEL": "by-label",
+    "PARTLABEL": "by-partlabel",
+    "ID": "by-id",
+}
+
 _REFUSED: Final = frozenset(
     {
         *("plain", "swap", "tmp", "header", "bitlk", "fvault2", "loop", "offset", "skip"),
@@ -84,12 +94,14 @@ _PASSED_OVER: Final = frozenset(
 _PASSED_OVER_PREFIXES: Final = ("tpm2-", "fido2-", "pkcs11-", "x-", "comment")
 
 
-def lines_for(path: Path, names: list[str]) -> str:
-    """Give the lines of a crypttab for these mappings, checked, reduced to name, blanks and device options.
+def lines_for(path: Path, volumes: dict[str, str], disks: Path = DISKS) -> str:
+    """Give the lines of a crypttab for these volumes, names by UUID, checked, reduced to name, blanks and device options.
 
-    A file that is not there has none. Raises ImageError for an option that the agent cannot honour or does not know.
+    A file that is not there has none. Raises ImageError for an option that the agent cannot honour or does not know, and
+    for a line that gives one of the volumes another name.
     """
-    found = _read(path, names)
+    found = _read(path, list(volumes.values()))
+    _check_names(path, volumes, disks)
     return "".join(f"{name} - - {','.join(options) or '-'}\n" for name, options in found.items())
 
 
@@ -98,11 +110,33 @@ def flags(name: str, path: Path = CARRIED) -> list[str]:
     return [FLAGS[option] for option in _read(path, [name]).get(name, [])]
 
 
-def _read(path: Path, names: list[str]) -> dict[str, list[str]]:
+def _check_names(path: Path, volumes: dict[str, str], disks: Path) -> None:
+    """Refuse a second name: whoever reads it would not find the volume open, and would ask the console for its passphrase."""
+    for fields in _lines(path):
+        if fields[0] in volumes.values() or len(fields) == 1:
+            continue
+        for uuid, name in volumes.items():
+            if _is_device(fields[1], uuid, disks):
+                raise _wrong(
+                    path, name, f"no other line for UUID={uuid}", ascii(f"{fields[0]} {fields[1]}"[:80])
+                )
+
+
+def _is_device(source: str, uuid: str, disks: Path) -> bool:
+    """Tell whether a crypttab's second field means the volume of this UUID, as far as this machine has it."""
+    tag, is_tag, value = source.replace('"', "").replace("'", "").partition("=")
+    place = disks / _TAGS[tag.upper()] / value if is_tag and tag.upper() in _TAGS else Path(source)
+    ours = disks / _TAGS["UUID"] / uuid
+    if place.parent.name == ours.parent.name and place.name.casefold() == uuid:
+        return True
+    return ours.exists() and place.resolve() == ours.resolve()
+
+
+def _lines(path: Path) -> list[list[str]]:
     try:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
-        return {}
+        return []
     except OSError as error:
         raise ImageError(
             "crypttab cannot be read.",
@@ -110,10 +144,14 @@ def _read(path: Path, names: list[str]) -> dict[str, list[str]]:
             expected=f"a file {path} that can be read, or none",
             found=str(error.strerror),
         ) from error
+    lines = [line.split() for line in text.splitlines()]
+    return [fields for fields in lines if fields and not fields[0].startswith("#")]
+
+
+def _read(path: Path, names: list[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        fields = line.split()
-        if not fields or fields[0].startswith("#") or fields[0] not in names:
+    for fields in _lines(path):
+        if fields[0] not in names:
             continue
         if fields[0] in found:
             raise _wrong(path, fields[0], "one line of this name", "two")

@@ -62,7 +62,7 @@ def install(
             expected="an existing directory",
             found=str(directory),
         )
-    lines = crypttab.lines_for(table, [volume.name for volume in config.volumes])
+    lines = crypttab.lines_for(table, {volume.uuid: volume.name for volume in config.volumes})
     try:
         for path in footprint.files:
             if path not in footprint.sources:

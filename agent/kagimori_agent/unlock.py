@@ -83,7 +83,7 @@ def unlock(config: Config, say: Callable[[str], None], *, prove: bool = False) -
 
 def dry_run(config: Config, say: Callable[[str], None]) -> tuple[Verdict, Answered]:
     """Ask for the verdict on this boot as it is; no key travels, no PCR changes. Raises as ``attest`` does."""
-    _heed_command_line()
+    _heed_command_line(config)
     with attester(config, say) as one:
         answered = attest(config, one, "dry-run", Budget(config.limits.boot_budget_s), say)
     if not isinstance(answered.payload, Verdict):
@@ -153,7 +153,7 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
             expected="at least one [[volumes]] in agent.toml",
             found="none",
         )
-    _heed_command_line()
+    _heed_command_line(config)
     with attester(config, say) as one:
         answered = attest(config, one, "unlock", _patience(config), say)
     try:
@@ -166,9 +166,11 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
     )
 
 
-def _heed_command_line() -> None:
-    """Refuse a boot whose command line says more to us than it may (PROTOCOL.md section 1)."""
-    if cmdline.read().debug:
+def _heed_command_line(config: Config) -> None:
+    """Refuse a boot whose command line says more to us than it may (PROTOCOL.md section 1), or renames our volumes."""
+    line = cmdline.read()
+    cmdline.check_names(line, {volume.uuid: volume.name for volume in config.volumes})
+    if line.debug:
         console.debug()
 
 

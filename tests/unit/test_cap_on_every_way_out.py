@@ -140,6 +140,27 @@ def test_a_signal_in_the_middle_of_the_cap_does_not_keep_it_off(
     assert finished == [14]
 
 
+def test_not_even_the_first_signal_keeps_the_last_cap_off(
+    toml: Path, caps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unlock's own cap was in vain; the one after it is made whole, whoever is told to end meanwhile."""
+    finished: list[int] = []
+
+    def cap(pcr: int = 15, **_: object) -> list[object]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finished.append(pcr)
+        return []
+
+    monkeypatch.setattr(cap_module, "cap", cap)
+
+    def away() -> None:
+        raise NetworkError("Nobody answers.")
+
+    _instead(monkeypatch, away)
+    assert _unlock(toml) == NetworkError.exit_code
+    assert finished == [14]
+
+
 def test_a_cap_that_fails_is_what_is_told(
     toml: Path, caps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

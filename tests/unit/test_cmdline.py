@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kagimori_agent.cmdline import CommandLine, parse, read
+from kagimori_agent.cmdline import CommandLine, check_names, parse, read
 from kagimori_agent.config import Config, Network, load
 from kagimori_agent.settings import boot_settings
 from kagimori_protocol.errors import ImageError
@@ -192,3 +192,28 @@ def test_a_card_that_the_command_line_names_is_the_one(tmp_path: Path) -> None:
     """Whoever sets the address by hand knows where it belongs."""
     line = parse("kagimori.ip=10.0.1.7/24,interface=ens4")
     assert "interface=ens4\n" in boot_settings(_config(tmp_path, STATIC), line)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        f"rd.luks.name={UUID}=root2",
+        f"luks.name={UUID.upper()}=root2",
+        f'rd.luks."name"={UUID}="root2"',
+        f"rd.luks.name={UUID}",
+    ],
+)
+def test_a_volume_of_agent_toml_has_one_name(word: str) -> None:
+    """Under another, systemd-cryptsetup would not find it open, and would ask the host's console for its passphrase."""
+    with pytest.raises(ImageError) as caught:
+        check_names(parse(f"ro {word} quiet"), {UUID: "cryptroot"})
+    assert caught.value.code == "cmdline.luks-name"
+    assert f"rd.luks.name={UUID}=cryptroot" in str(caught.value.expected)
+
+
+@pytest.mark.parametrize(
+    "word", [f"rd.luks.name={UUID}=cryptroot", "rd.luks.name=other=root2", f"rd.luks.uuid={UUID}"]
+)
+def test_its_own_name_and_other_volumes_are_none_of_our_business(word: str) -> None:
+    """What the command line says of them is for others to read."""
+    check_names(parse(f"ro {word} quiet"), {UUID: "cryptroot"})
