@@ -66,6 +66,7 @@ install() {
     done
     kagimori_install_tools
     kagimori_install_network
+    inst_hook cmdline 00 "${moddir:?}/sysrq-hook.sh"
     if dracut_module_included systemd; then
         kagimori_install_units
     else
@@ -143,7 +144,8 @@ kagimori_install_units() {
         # shellcheck disable=SC2154 # dracut sets SYSTEMCTL
         $SYSTEMCTL -q --root "$initdir" enable "$unit" || kagimori_stop "$unit cannot be enabled" 'see above'
     done
-    for unit in emergency rescue dracut-emergency debug-shell; do
+    for unit in emergency rescue dracut-emergency debug-shell breakpoint-pre-udev breakpoint-pre-basic \
+        breakpoint-pre-mount breakpoint-pre-switch-root; do
         kagimori_copy "$moddir/shell.conf" "${drop_ins#"$initdir"}/$unit.service.d/50-kagimori.conf"
     done
     for name in $(kagimori_setting volume) $(kagimori_setting uuid | sed 's/^/luks-/'); do

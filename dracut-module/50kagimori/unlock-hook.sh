@@ -11,10 +11,9 @@ if [ ! -e /run/kagimori/opened ]; then
     10)
         # agent.toml wants a shell; the hook "emergency" caps before it opens. Leaving it powers off.
         emergency_shell -n kagimori 'kagimori: the volumes are not open. Leaving this shell powers off.'
-        /usr/lib/kagimori/boot/cap off
         ;;
-    *) /usr/lib/kagimori/boot/cap off ;;
+    *) ;;
     esac
-    # `cap off` comes back only if it is killed.
-    until [ -e /run/kagimori/opened ]; do /usr/lib/kagimori/boot/cap off; done
+    # It was killed, or the shell was left; `cap end` comes back only if it is killed.
+    until [ -e /run/kagimori/opened ]; do /usr/lib/kagimori/boot/cap end; done
 fi

@@ -152,7 +152,8 @@ def test_an_initramfs_with_systemd_gets_units_and_a_cap_before_each_shell(machin
     files = machine.files()
     for name in ("unlock", "cap", "root-check", "lease", "no-passphrase", "network", "attached", "given-up"):
         assert f"/usr/lib/kagimori/boot/{name}" in files
-    for unit in ("emergency", "rescue", "dracut-emergency", "debug-shell"):
+    breakpoints = [f"breakpoint-pre-{when}" for when in ("udev", "basic", "mount", "switch-root")]
+    for unit in ("emergency", "rescue", "dracut-emergency", "debug-shell", *breakpoints):
         drop_in = machine.read(f"/etc/systemd/system/{unit}.service.d/50-kagimori.conf")
         assert "\nExecStartPre=/usr/lib/kagimori/boot/cap\n" in drop_in
     for name in (r"crypt\x2droot", r"luks\x2d6f1c1a58\x2d8a52\x2d4b7e\x2d9c8c\x2d0d6f3c7f2a11"):
@@ -161,7 +162,10 @@ def test_an_initramfs_with_systemd_gets_units_and_a_cap_before_each_shell(machin
         assert "\nRequires=kagimori-unlock.service\nAfter=kagimori-unlock.service\n" in drop_in
     enabled = [call.split()[-1] for call in machine.calls.read_text().splitlines() if " enable " in call]
     assert enabled == ["kagimori-unlock.service", "kagimori-cap.service", "kagimori-root-check.service"]
-    assert "/lib/dracut/hooks/initqueue/settled/99-patience-hook.sh" in files
+    assert {
+        "/lib/dracut/hooks/initqueue/settled/99-patience-hook.sh",
+        "/lib/dracut/hooks/cmdline/00-sysrq-hook.sh",
+    } <= files
     assert "\nblacklist qemu_fw_cfg\n" in machine.read("/etc/modprobe.d/kagimori.conf")
     assert not {file for file in files if "cryptroot-ask" in file or "unlock-hook" in file}
 
@@ -172,6 +176,7 @@ def test_an_initramfs_without_systemd_gets_hooks(machine: Machine) -> None:
     assert done.returncode == 0, done.stderr
     files = machine.files()
     for hook in (
+        "cmdline/00-sysrq-hook.sh",
         "initqueue/settled/01-unlock-hook.sh",
         "emergency/00-cap-hook.sh",
         "pre-pivot/00-cap-hook.sh",

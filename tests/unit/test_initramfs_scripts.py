@@ -271,29 +271,34 @@ def test_a_boot_that_is_capped_goes_on(stage: Stage) -> None:
     assert stage.called() == ["kagimori-agent cap"]
 
 
-@pytest.mark.parametrize(("word", "call"), [("off", "poweroff -f"), ("reboot", "reboot -f")])
-def test_giving_up_caps_first(stage: Stage, word: str, call: str) -> None:
-    """However a failed boot ends, it ends capped."""
+@pytest.mark.parametrize(
+    ("setting", "call"),
+    [("poweroff", "poweroff -f"), ("reboot", "reboot -f"), ("shell", "poweroff -f"), ("", "poweroff -f")],
+)
+def test_giving_up_caps_first(stage: Stage, setting: str, call: str) -> None:
+    """However a failed boot ends, it ends capped, and as agent.toml says; a shell is not what a killed script leaves."""
     stage.program("kagimori-agent")
-    assert _ends(stage, word) == ["kagimori-agent cap", call, "sleep 60"]
+    (stage.root / "etc/boot.conf").write_text(f"on_failure={setting}\n" if setting else "")
+    assert _ends(stage, "end") == ["kagimori-agent cap", call, "sleep 60"]
 
 
 @pytest.mark.parametrize(
     ("setting", "code", "calls"),
     [
-        ("poweroff", 1, ["cap off"]),
-        ("reboot", 6, ["cap reboot"]),
-        ("shell", 137, ["cap "]),
-        ("", 4, ["cap off"]),
+        ("poweroff", 1, ["cap end"]),
+        ("reboot", 6, ["cap end"]),
+        ("shell", 137, ["cap ", "cap "]),
+        ("", 4, ["cap end"]),
         ("poweroff", 0, []),
     ],
 )
 def test_however_the_agent_ends_its_log_is_kept_and_the_boot_goes_on_only_if_it_opened_all(
     stage: Stage, setting: str, code: int, calls: list[str]
 ) -> None:
-    """Also one that is killed: then nobody but these scripts caps."""
-    for name in ("modprobe", "mount", "network", "cap"):
+    """Also one that is killed: then nobody but these scripts caps; a cap that is killed before a shell is made again."""
+    for name in ("modprobe", "mount", "network"):
         stage.program(name)
+    stage.program("cap", f'[ $# -gt 0 ] || [ "$(grep -c cap {stage.calls})" -ge 2 ] || kill -KILL $$')
     stage.program("kagimori-agent", f"echo said >&2; [ {code} -lt 128 ] || kill -KILL $$; exit {code}")
     path = stage.script("unlock")
     for name in ("network", "cap"):
@@ -353,13 +358,16 @@ def test_each_script_names_who_runs_it_and_when() -> None:
     ("code", "calls"),
     [
         (0, ["unlock "]),
-        (10, ["unlock ", "panic", "cap off"]),
-        (1, ["unlock ", "cap off"]),
-        (137, ["unlock ", "cap off"]),
+        (10, ["unlock ", "panic", "cap end", "cap end"]),
+        (1, ["unlock ", "cap end", "cap end"]),
+        (137, ["unlock ", "cap end", "cap end"]),
     ],
 )
 def test_what_follows_a_failed_unlock_is_no_further_boot(stage: Stage, code: int, calls: list[str]) -> None:
-    """Init would go on to cryptroot's prompt; only for "shell" comes a shell, and power off when it is left."""
+    """Init would go on to cryptroot's prompt; only for "shell" comes a shell, and the end of the boot when it is left.
+
+    What ends it may be killed, too, and is started again.
+    """
     text = (ROOM / "scripts/init-premount").read_text()
     functions = stage.root / "functions"
     functions.write_text(f'panic() {{ echo "panic" >>{stage.calls}; }}\n')
@@ -370,7 +378,7 @@ def test_what_follows_a_failed_unlock_is_no_further_boot(stage: Stage, code: int
     ):
         text = text.replace(before, str(stage.root / after))
     stage.program("kagimori-agent")
-    stage.program("cap")
+    stage.program("cap", f'[ "$(grep -c cap {stage.calls})" -ge 2 ] || kill -KILL $$')
     stage.program("unlock", f"[ {code} -lt 128 ] || kill -KILL $$; exit {code}")
     done = subprocess.run(["sh", "-c", text], check=False, capture_output=True, timeout=20)
     assert done.returncode == 0

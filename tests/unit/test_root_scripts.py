@@ -35,15 +35,11 @@ def test_a_root_that_rests_on_the_agents_volumes_is_taken(stage: Stage) -> None:
     assert log == "kagimori: root check: /root (ext4 of /dev/dm-0): on cryptroot\n"
 
 
-@pytest.mark.parametrize(
-    ("setting", "call"), [("poweroff", "cap off"), ("reboot", "cap reboot"), ("shell", "cap off")]
-)
-def test_a_root_that_rests_elsewhere_ends_the_boot(stage: Stage, setting: str, call: str) -> None:
+def test_a_root_that_rests_elsewhere_ends_the_boot(stage: Stage) -> None:
     """With its reasons on the console; never in a shell, which would be the host's, with the volumes open."""
     stage.program("kagimori-agent", "echo 'vdb: a disk' >&2; exit 8")
-    (stage.root / "etc/boot.conf").write_text(f"on_failure={setting}\n")
     done = stage.run("root-check", "/root")
-    assert stage.called() == ["kagimori-agent root-check --root /root", call]
+    assert stage.called() == ["kagimori-agent root-check --root /root", "cap end"]
     assert "vdb: a disk\n" in done.stderr
     assert "this root is not taken, and the boot ends here (exit code 8 of the agent)" in done.stderr
 
@@ -52,7 +48,7 @@ def test_without_settings_and_without_an_agent_the_boot_ends(stage: Stage) -> No
     """Unknown means no."""
     (stage.root / "bin/kagimori-agent").unlink()
     stage.run("root-check", "/root")
-    assert stage.called() == ["cap off"]
+    assert stage.called() == ["cap end"]
 
 
 def _moved(stage: Stage, source: Path) -> str:
@@ -101,23 +97,61 @@ def test_switch_root_waits_for_the_check_and_fails_with_it() -> None:
     assert "RemainAfterExit" not in unit
 
 
+def _function(name: str) -> str:
+    """Give a function of the hook for initramfs-tools."""
+    text = (ROOM / "hook").read_text()
+    found = re.search(rf"^{name}\(\) \{{\n.*?^\}}\n", text, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[0]
+
+
 def test_no_initramfs_of_initramfs_tools_resumes_or_dumps(tmp_path: Path) -> None:
     """Neither by its own script and program, nor by a configuration that names a device."""
-    function = re.search(
-        r"^leave_out_resume\(\) \{\n.*?^\}\n", (ROOM / "hook").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert function is not None
     gone = ["scripts/local-premount/resume", "scripts/init-top/kdump-tools", "bin/resume"]
     gone += ["conf/conf.d/resume", "conf/conf.d/zz-resume-auto"]
     for name in [*gone, "scripts/local-premount/other"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("RESUME=/dev/vdb\n")
-    subprocess.run(["sh", "-ec", f"destination={tmp_path}\n{function[0]}leave_out_resume"], check=True)
+    subprocess.run(
+        ["sh", "-ec", f"destination={tmp_path}\n{_function('leave_out_resume')}leave_out_resume"], check=True
+    )
     assert [name for name in gone if (tmp_path / name).exists()] == []
     assert (tmp_path / "scripts/local-premount/other").exists()
     # /init reads conf.d in this order, and the last one counts.
     last = max((tmp_path / "conf/conf.d").iterdir())
     assert last.read_text() == "RESUME=none\n"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_host_s_keyboard_kills_nothing_of_a_boot(tmp_path: Path, there: bool) -> None:
+    """One of the kernel's emergency keys kills what runs on the console, such as the root check.
+
+    Both initramfs systems read this by themselves, first of all; a kernel without such keys has nothing to switch off.
+    """
+    (tmp_path / "conf/conf.d").mkdir(parents=True)
+    subprocess.run(
+        ["sh", "-ec", f"destination={tmp_path}\n{_function('take_keys_away')}take_keys_away"], check=True
+    )
+    keys = tmp_path / "sysrq"
+    if there:
+        keys.write_text("438\n")
+    for source in (tmp_path / "conf/conf.d/zzz-kagimori", MODULE / "sysrq-hook.sh"):
+        text = source.read_text().replace("/proc/sys/kernel/sysrq", str(keys))
+        subprocess.run(["sh", "-ec", text], check=True)
+        assert (keys.read_text() if there else keys.exists()) == ("0\n" if there else False)
+        if there:
+            keys.write_text("438\n")
+
+
+def test_the_hook_tells_of_a_shell_that_comes_before_the_cap(tmp_path: Path) -> None:
+    """Who has a key to dropbear is in a boot that could still ask for its keys."""
+    program = f'destination={tmp_path}\nsay() {{ echo "$*"; }}\n{_function("tell_of_other_shells")}tell_of_other_shells'
+    quiet = subprocess.run(["sh", "-ec", program], check=True, capture_output=True, text=True)
+    assert quiet.stdout == ""
+    (tmp_path / "usr/sbin").mkdir(parents=True)
+    (tmp_path / "usr/sbin/dropbear").touch()
+    told = subprocess.run(["sh", "-ec", program], check=True, capture_output=True, text=True)
+    assert told.stdout.startswith("dropbear is in this initramfs")
 
 
 @pytest.mark.parametrize("module", ["resume", "kdump", "kdumpbase"])
