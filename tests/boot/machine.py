@@ -23,6 +23,8 @@ VARS: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 PROGRAMS: Final = ("qemu-system-x86_64", "swtpm", "setpriv", "nice")
 VERIFIER_AT: Final = "10.0.2.100:8117"
 """Where a guest finds its verifier: an address of QEMU's own network, which leads nowhere else."""
+IPV6_ONLY: Final = "user,id=n0,ipv4=off,ipv6=on,ipv6-net=fd00::/64,ipv6-host=fd00::2"
+"""Another network: it announces itself by IPv6 alone, and its router leads to this machine's own ::1."""
 
 PHASES: Final = (
     ("kernel", r"\] Linux version "),
@@ -238,10 +240,12 @@ def switch_on(
     firmware: Firmware = PLAIN,
     tpm: bool = True,
     processors: int = 1,
+    network: str | None = None,
 ) -> Iterator[Machine]:
     """Switch a machine on, with its verifier at the URL ``verifier`` of this machine, or absent; off at the end.
 
-    ``boots`` are QEMU's words for what is booted.
+    ``boots`` are QEMU's words for what is booted, and ``network`` those for another network than the one that leads to the
+    verifier alone.
     """
     directory.mkdir(parents=True)
     port_file = directory / "verifier-port"
@@ -276,7 +280,8 @@ def switch_on(
         *boots,
         *("-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"),
         "-netdev",
-        f"user,id=n0,restrict=on,guestfwd=tcp:{VERIFIER_AT}-cmd:{relay} -IS {Path(__file__).with_name('relay.py')} {port_file}",
+        network
+        or f"user,id=n0,restrict=on,guestfwd=tcp:{VERIFIER_AT}-cmd:{relay} -IS {Path(__file__).with_name('relay.py')} {port_file}",
         *("-device", "virtio-net-pci,netdev=n0,romfile="),
     ]
     for number, disk in enumerate(disks):

@@ -1,4 +1,4 @@
-"""What a machine's operator does to it while it runs, by QEMU's monitor (QMP): pull the cable, put it back."""
+"""What a machine's operator does to it while it runs, by QEMU's monitor (QMP): pull the cable, press an emergency key."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Monitor:
     def set_cable(self, *, plugged: bool) -> None:
         """Pull the network cable or plug it in."""
         self._do("set_link", name=CABLE, up=plugged)
+
+    def send_break(self) -> None:
+        """Send a break on the serial line: Linux takes the next key for an emergency key (sysrq)."""
+        self._do("chardev-send-break", id="serial0")
 
     def _do(self, command: str, **arguments: object) -> None:
         if self._replies is None:

@@ -47,7 +47,7 @@ class Scene:
     """``meanwhile`` is a script that the initramfs runs before Kagimori's, ``booted`` one that the booted root runs.
 
     ``cmdline`` in place of the tests' own; ``words`` are QEMU's; ``dump`` is a file that the guest may write as a disk;
-    ``disks`` are those that the host attaches beside.
+    ``disks`` are those that the host attaches beside; ``network`` is another network than usual.
     """
 
     meanwhile: str = ""
@@ -57,6 +57,7 @@ class Scene:
     dump: Path | None = None
     disks: Sequence[Disk] = ()
     tpm: bool = True
+    network: str | None = None
 
 
 def with_shell(more: str) -> str:
@@ -84,7 +85,12 @@ def played(site: Site, verifier: str | None, scene: Scene) -> Iterator[Machine]:
     cmdline = scene.cmdline or images.variant.cmdline
     boots = ["-kernel", str(images.kernel), "-initrd", str(site.estate.initramfs), "-append", cmdline, *words]
     with machine.switch_on(
-        site.directory / "vm", boots=boots, disks=disks, verifier=verifier, tpm=scene.tpm
+        site.directory / "vm",
+        boots=boots,
+        disks=disks,
+        verifier=verifier,
+        tpm=scene.tpm,
+        network=scene.network,
     ) as running:
         yield running
 

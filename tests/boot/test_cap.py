@@ -44,6 +44,15 @@ KILL = r"""
     echo 'scene: the agent is killed'
 ) &
 """
+KEYS_BACK = r"""
+echo "scene: sysrq $(cat /proc/sys/kernel/sysrq)"
+(
+    until grep -qs 'no verifier answers' /run/kagimori/log; do sleep 0.2; done
+    sleep 8
+    echo 438 >/proc/sys/kernel/sysrq
+    echo 'scene: the keys are back'
+) &
+"""
 
 
 def test_after_a_good_boot_not_even_root_gets_the_key(site: Site) -> None:
@@ -102,6 +111,23 @@ def test_a_killed_agent_leaves_a_capped_machine_that_powers_off(site: Site) -> N
     assert machine.said("tpm0: PCR 15 capped")
     assert machine.said("reboot: Power down")
     assert not machine.said("guest: root reached|: mapped|built-in commands|Please unlock disk")
+
+
+def test_the_host_s_emergency_keys_do_nothing(site: Site) -> None:
+    """One of them kills whatever runs on the console, and /init goes on after a root check that was killed.
+
+    A guest that has them answers "h" with a list of them, as this one does once they are given back to it.
+    """
+    with monitor() as host, played(site, None, Scene(meanwhile=KEYS_BACK, words=host.words)) as machine:
+        machine.wait_for("no verifier answers", BOOT_S)
+        host.send_break()
+        machine.type_raw(b"h")
+        machine.wait_for("scene: the keys are back", BOOT_S)
+        assert not machine.said("sysrq: ")
+        host.send_break()
+        machine.type_raw(b"h")
+        machine.wait_for("sysrq: HELP", BOOT_S)
+    assert machine.said("scene: sysrq 0")
 
 
 def test_a_machine_without_its_tpm_ends(site: Site) -> None:
