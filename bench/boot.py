@@ -25,8 +25,10 @@ def rows(scratch: Path, rounds: int) -> Iterator[str]:
     cache = Cache(ROOT / ".dev/boot")
     rivals = boot_images.debian(cache)
     built = estate.build(cache, INITRAMFS_TOOLS)
-    yield from boot_sizes.rows(rivals, built.agent_toml, scratch / "sizes")
-    yield ""
+    for variant in (boot_images.BOOKWORM, boot_images.TRIXIE):
+        debian = boot_images.debian(cache, variant)
+        yield from boot_sizes.rows(debian, built.agent_toml, scratch / variant.suite, variant.suite)
+        yield ""
     yield from _times(boot_times.prepare(rivals, built, scratch / "times"), rounds)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from package.__main__ import build as build_package
-from tests.boot import images
+from tests.boot import images, uki
 from tests.boot.cache import Cache
 from tests.boot.variants import GUEST, INITRAMFS_TOOLS, ROOT, UUID, Variant, install
 
@@ -25,7 +25,7 @@ RIVALS: Final = {
 }
 """By name, the packages whose hooks make an initramfs another."""
 OURS: Final = "kagimori"
-_HOST_SIDE: Final = ("clevis-luks", "tang", "jose", "libtss2-tcti-swtpm0")
+_HOST_SIDE: Final = ("clevis-luks", "tang", "jose")
 """What seals, and what answers: no hook of theirs touches an initramfs."""
 _AUTHORIZED: Final = (
     "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIOMqqnkVzrm0SdG6UOoqKLsabgH5C9okWi0dh2l9GKJl bench\n"
@@ -38,11 +38,15 @@ _TABLES: Final = {
     "etc/initramfs-tools/update-initramfs.conf": "update_initramfs=no\nbackup_initramfs=no\n",
 }
 
-BOOKWORM: Final = replace(
-    INITRAMFS_TOOLS,
-    name="bookworm-rivals",
-    packages=(*INITRAMFS_TOOLS.packages, *(name for names in RIVALS.values() for name in names), *_HOST_SIDE),
-)
+
+def _with_rivals(variant: Variant, swtpm: str) -> Variant:
+    rivals = [name for names in RIVALS.values() for name in names]
+    packages = (*variant.packages, *rivals, *_HOST_SIDE, swtpm)
+    return replace(variant, name=f"{variant.suite}-rivals", packages=packages)
+
+
+BOOKWORM: Final = _with_rivals(INITRAMFS_TOOLS, "libtss2-tcti-swtpm0")
+TRIXIE: Final = _with_rivals(uki.TRIXIE, "libtss2-tcti-swtpm0t64")
 
 
 def debian(cache: Cache, variant: Variant = BOOKWORM) -> Path:
@@ -50,7 +54,9 @@ def debian(cache: Cache, variant: Variant = BOOKWORM) -> Path:
     return images.build_debian(cache, variant) / "root"
 
 
-def copied(rivals: Path, to: Path, kept: Sequence[str], agent_toml: str = "") -> Path:
+def copied(
+    rivals: Path, to: Path, kept: Sequence[str], agent_toml: str = "", suite: str = BOOKWORM.suite
+) -> Path:
     """Copy it to ``to``, with the hooks of ``kept`` alone; OURS comes as the package that this checkout builds."""
     to.parent.mkdir(parents=True)
     images.copy_tree(rivals, to)
@@ -62,7 +68,7 @@ def copied(rivals: Path, to: Path, kept: Sequence[str], agent_toml: str = "") ->
         _in(to, "dpkg", "--remove", *gone)
     if OURS in kept:
         with tempfile.TemporaryDirectory(prefix="kagimori-bench-") as made:
-            deb = build_package("bookworm", Path(made))
+            deb = build_package(suite, Path(made))
             shutil.copy(deb, to / "root")
         _in(to, "dpkg", "--install", f"/root/{deb.name}")
         (to / "etc/kagimori").mkdir(exist_ok=True)
@@ -88,4 +94,4 @@ def _in(chroot: Path, *command: str) -> None:
         images.in_chroot(chroot, command, log.fileno())
 
 
-__all__ = ["BOOKWORM", "OURS", "RIVALS", "ROOT", "copied", "debian", "initramfs", "simulated"]
+__all__ = ["BOOKWORM", "OURS", "RIVALS", "ROOT", "TRIXIE", "copied", "debian", "initramfs", "simulated"]

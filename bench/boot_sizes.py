@@ -35,15 +35,15 @@ REST: Final = "programs and scripts"
 MB: Final = 1_000_000
 
 
-def rows(rivals: Path, agent_toml: str, scratch: Path) -> Iterator[str]:
+def rows(rivals: Path, agent_toml: str, scratch: Path, suite: str) -> Iterator[str]:
     """Make each initramfs and weigh it; give the lines of both tables."""
-    yield "| initramfs | compressed MB | unpacked MB | more, compressed | more, unpacked |"
+    yield f"| initramfs of {suite} | compressed MB | unpacked MB | more, compressed | more, unpacked |"
     yield "|---|---|---|---|---|"
     plain: tuple[int, int] | None = None
     before: dict[str, bytes] = {}
     image = b""
     for name in ("", *RIVALS, OURS):
-        chroot = boot_images.copied(rivals, scratch / (name or "plain") / "root", [name], agent_toml)
+        chroot = boot_images.copied(rivals, scratch / (name or "plain") / "root", [name], agent_toml, suite)
         image = boot_images.initramfs(chroot).read_bytes()
         shutil.rmtree(chroot)
         size = len(image), len(contents.unpacked(image))
