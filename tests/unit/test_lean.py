@@ -35,6 +35,28 @@ def test_requests_loads_without_what_guesses_encodings() -> None:
     assert LEFT_OUT
 
 
+EARLY = """
+import socket
+class Socket(socket.socket):
+    def bind(self, address):
+        raise OSError(99, "Cannot assign requested address")
+real, socket.socket = socket.socket, Socket
+from kagimori_agent.lean import load_requests
+load_requests()
+socket.socket = real
+import requests, urllib3.util.connection
+print(urllib3.util.connection.allowed_gai_family().name)
+"""
+
+
+def test_a_boot_whose_loopback_is_down_still_finds_its_verifier_by_ipv6() -> None:
+    """urllib3 decides once, when it is loaded, by whether ::1 can be bound: in an initramfs that is before any address."""
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == "AF_UNSPEC\n"
+
+
 WAITED_FOR = """
 import sys
 import kagimori_agent.cli, kagimori_agent.unlock, kagimori_agent.devices.vtpm
