@@ -10,6 +10,7 @@ import pytest
 
 from kagimori_protocol import signature
 from kagimori_protocol.errors import OperatorError
+from kagimori_protocol.messages import Purpose
 from kagimori_verifier import identity, ledger, rotation
 from kagimori_verifier.keyring import Keyring
 from kagimori_verifier.store import Store, identities, profiles, redemptions, vms
@@ -45,13 +46,15 @@ class House:
         with self.store.write() as txn:
             vms.add(txn, vms.VmRow(vm_id, "debian", True, [], [], at_s))
 
-    def opened(self, vm_id: str, key_id: str | None, outcome: str = "opened") -> None:
+    def opened(
+        self, vm_id: str, key_id: str | None, outcome: str = "opened", purpose: Purpose = "unlock"
+    ) -> None:
         """Let a VM boot: its volumes are open, by a challenge under this key."""
         self.boots += 1
         token = self.boots.to_bytes(8, "big")
         name = token.hex()
         row = Redemption(
-            token, name, b"", vm_id, "unlock", "keys", "svsm-vtpm", "VCEK", b"", token, b"", 1, 2, None, None, None, key_id
+            token, name, b"", vm_id, purpose, "keys", "svsm-vtpm", "VCEK", b"", token, b"", 1, 2, None, None, None, key_id
         )  # fmt: skip
         with self.store.write() as txn:
             redemptions.insert(txn, row)
@@ -61,7 +64,7 @@ class House:
                 event=f"confirmed-{outcome}",
                 vm_id=vm_id,
                 session=name,
-                body={"purpose": "unlock"},
+                body={"purpose": purpose},
             )
 
     def states(self) -> dict[str, str]:
@@ -139,6 +142,18 @@ def test_a_boot_that_has_not_confirmed_that_it_opened_shows_nothing(house: House
     house.opened("web1", second, "received")
     house.opened("web1", second, "failed")
     assert house.lacking(second) == ["web1"]
+
+
+def test_an_enrolment_shows_nothing_of_what_the_initramfs_pins(house: House) -> None:
+    """It runs in the booted system, by its agent.toml; the initramfs with yesterday's may still be what boots next."""
+    (first,) = house.states()
+    second = house.stage()
+    house.opened("web1", second, purpose="enrol")
+    assert refusal(house, "identity.lacking") == f"web1 (last opened by {first})"
+    house.add("web2", at_s=9)
+    house.opened("web2", second, purpose="enrol")
+    house.opened("web1", second)
+    assert refusal(house, "identity.lacking") == "web2 (has not opened its volumes yet)"
 
 
 def test_a_session_of_a_time_when_keys_were_not_written_down_shows_nothing(house: House) -> None:

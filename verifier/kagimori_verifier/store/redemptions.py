@@ -123,14 +123,15 @@ def drop_answers(txn: Txn) -> None:
 def last_opened(txn: Txn) -> dict[str, str | None]:
     """Give, for each VM that has confirmed `opened` since it was added, the verifier's key (ID) of the newest such boot.
 
-    The key is None where it was not written down. Newest is by the ledger: two boots may lie in one second.
+    The key is None where it was not written down. Newest is by the ledger: two boots may lie in one second. An enrolment is
+    no boot: it has read the agent.toml of the booted system, and the initramfs may have an older one.
     """
     rows = txn.execute(
         select(redemption.c.vm_id, redemption.c.verifier_key)
         .join(ledger, ledger.c.session == redemption.c.session)
         .join(vm, vm.c.vm_id == redemption.c.vm_id)
         .where(ledger.c.event == "confirmed-opened", ledger.c.vm_id == redemption.c.vm_id)
-        .where(ledger.c.created >= vm.c.created)
+        .where(ledger.c.created >= vm.c.created, redemption.c.purpose == "unlock")
         .order_by(ledger.c.seq)
     )
     return {row.vm_id: row.verifier_key for row in rows}
