@@ -8,21 +8,24 @@ unless its owner asks for that, with a passphrase.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier import backup_format, ledger
+from kagimori_verifier.acting import acting_as, owner_of
 from kagimori_verifier.keystore.kek import kek_id
 from kagimori_verifier.store.database import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from kagimori_verifier.acting import User
     from kagimori_verifier.settings import Settings
     from kagimori_verifier.store import Store
 
@@ -51,7 +54,7 @@ def make(  # noqa: PLR0913 - what is backed up, and whereto
 ) -> Made:
     """Back up a verifier to the new file ``to``; ``config`` is its verifier.toml. With a passphrase, the KEK is in it.
 
-    Raises OperatorError: no room, a file that is there, a ledger that is broken (a backup of which could not be restored).
+    Root works in another user's directory as that user, also in that of ``to``. Raises OperatorError: no room, a file that is there, a ledger that is broken (a backup of which could not be restored).
     """
     if os.path.lexists(to):
         raise _exists(to)
@@ -61,7 +64,7 @@ def make(  # noqa: PLR0913 - what is backed up, and whereto
     with store.write() as txn:  # before the copy, so that it is in there, too
         body = {"with_kek": passphrase is not None}
         line = ledger.append(txn, at_s=at_s, event="backup", vm_id=None, session=None, body=body)
-    with _writable(to), contextlib.ExitStack() as ends:
+    with _writable(to), acting_as(maker := owner_of(to.parent)), contextlib.ExitStack() as ends:
         new, copy = to.with_name(f".{to.name}.new"), to.with_name(f".{to.name}.copy")
         file = ends.enter_context(_locked(new))
         with contextlib.suppress(FileNotFoundError):
@@ -69,7 +72,7 @@ def make(  # noqa: PLR0913 - what is backed up, and whereto
         ends.callback(copy.unlink, missing_ok=True)
         ends.callback(new.unlink, missing_ok=True)
         store.snapshot(copy)
-        backup_format.write(file, head, kek, _files(settings, config, copy))
+        backup_format.write(file, head, kek, _files(settings, config, copy, maker))
         copy.unlink()
         file.flush()
         os.fsync(file.fileno())
@@ -82,16 +85,36 @@ def make(  # noqa: PLR0913 - what is backed up, and whereto
     return Made(size, line.seq, line.hash)
 
 
-def _files(settings: Settings, config: Path, copy: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+def _files(settings: Settings, config: Path, copy: Path, maker: User) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Give what goes into a backup, each read as whose it is: the service may have put links to root's files among its own."""
     endorsements = settings.path(settings.endorsements)
-    kept = sorted(path for path in endorsements.rglob("*.der") if path.is_file())
-    named = [(SETTINGS, config), (DATABASE, copy)]
-    named += [(ENDORSEMENTS + path.relative_to(endorsements).as_posix(), path) for path in kept]
-    for name, path in named:
-        if any(part.startswith(".") for part in name.split("/")):
-            continue  # an import at work, or one that was killed
-        with path.open("rb") as file:
+    with acting_as(settings.owner):
+        kept = sorted(_certificates(endorsements))
+    named = [(SETTINGS, config, settings.owner), (DATABASE, copy, maker)]
+    named += [
+        (ENDORSEMENTS + path.relative_to(endorsements).as_posix(), path, settings.owner) for path in kept
+    ]
+    for name, path, owner in named:
+        with acting_as(owner):
+            file = path.open("rb")
+        with file:
             yield name, os.fstat(file.fileno()).st_size, file
+
+
+def _certificates(endorsements: Path) -> Iterator[Path]:
+    """Find what is kept, but for an import at work, or one that was killed. Raises OSError for what cannot be looked into."""
+    for directory, below, names in os.walk(endorsements, onerror=_raise):
+        below[:] = [name for name in below if not name.startswith(".")]
+        found = (
+            Path(directory, name) for name in names if name.endswith(".der") and not name.startswith(".")
+        )
+        yield from (path for path in found if path.is_file())
+
+
+def _raise(error: OSError) -> None:
+    """Let no directory be passed over but one that has gone meanwhile, or was never made."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _read_again(file: IO[bytes], kek: bytes) -> None:
@@ -116,6 +139,8 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
                 expected="one at a time",
                 found="one at work",
             ) from None
+        if os.fstat(file.fileno()).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "somebody else has put it there", str(path))
         file.truncate(0)
         yield file
 

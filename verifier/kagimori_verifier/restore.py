@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Final
 from kagimori_protocol.errors import OperatorError
 from kagimori_verifier import backup_format, identity, ledger
 from kagimori_verifier import settings as verifier_settings
+from kagimori_verifier.acting import acting_as, owner_of
 from kagimori_verifier.backup import DATABASE, ENDORSEMENTS, SETTINGS
 from kagimori_verifier.backup_format import BackupBroken
 from kagimori_verifier.keystore.kek import FileKek, kek_id
@@ -97,25 +98,29 @@ def restore(source: IO[bytes], directory: Path, kek_of: Callable[[Head], bytes],
 
 @contextlib.contextmanager
 def _place(directory: Path) -> Iterator[Path]:
-    """Give a directory beside the one to come; it goes where anything fails. Raises OperatorError."""
+    """Give a directory beside the one to come; it goes where anything fails. Raises OperatorError.
+
+    What root makes in a directory of another user's, it makes as that user, and the verifier is theirs.
+    """
     building = directory.with_name(f".{directory.name}.restoring")
     try:
-        if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
-            raise OperatorError(
-                f"{directory} is in use.",
-                code="restore.exists",
-                expected="a directory that is not there, or empty",
-                found="files in it" if directory.is_dir() else "a file",
-                todo="Restore into another directory; nothing was touched.",
-            )
-        if building.exists():
-            shutil.rmtree(building)  # of a restore that was killed
-        building.mkdir(mode=0o700, parents=True)
-        try:
-            yield building
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
+        with acting_as(owner_of(directory.parent)):
+            if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
+                raise OperatorError(
+                    f"{directory} is in use.",
+                    code="restore.exists",
+                    expected="a directory that is not there, or empty",
+                    found="files in it" if directory.is_dir() else "a file",
+                    todo="Restore into another directory; nothing was touched.",
+                )
+            if building.exists():
+                shutil.rmtree(building)  # of a restore that was killed
+            building.mkdir(mode=0o700, parents=True)
+            try:
+                yield building
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
     except OSError as error:
         raise OperatorError(
             f"{directory} cannot be made.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -12,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kagimori_protocol.errors import OperatorError
+from kagimori_verifier.acting import User, owner_of
 from kagimori_verifier.keystore.kek import CredentialKek, FileKek, KekProvider
 
 DEFAULT_PATH: Final = Path("/etc/kagimori/verifier.toml")
@@ -66,9 +68,13 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Settings(_File, frozen=True, kw_only=True):
-    """All of verifier.toml, and the ``directory`` that its relative paths are relative to."""
+    """All of verifier.toml, the ``directory`` that its relative paths are relative to, and whose they are.
+
+    The ``owner`` is who may change them, if that is not root alone: root follows them no further than that user could.
+    """
 
     directory: Path
+    owner: User
 
     @property
     def host(self) -> str:
@@ -112,6 +118,9 @@ def load(path: Path) -> Settings:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
+            facts = os.fstat(file.fileno())
+        directory = path.resolve().parent
+        owner = User(facts.st_uid, facts.st_gid) if facts.st_uid else owner_of(directory)
     except OSError as error:
         raise _wrong(path, "a file that can be read", str(error.strerror), "settings.read") from error
     if len(raw) > MAX_BYTES:
@@ -132,7 +141,8 @@ def load(path: Path) -> Settings:
             path, "the keys of docs/verifier.md, in their types", str(error), "settings.key"
         ) from error
     settings = Settings(
-        directory=path.resolve().parent,
+        directory=directory,
+        owner=owner,
         **{name: getattr(parsed, name) for name in parsed.__struct_fields__},
     )
     if not 0 <= settings.port <= 0xFFFF:  # noqa: PLR2004 - the range of ports

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from kagimori_protocol import certificate_table
 from kagimori_protocol.errors import KagimoriError, Malformed, OperatorError, UsageError
 from kagimori_verifier import ledger
+from kagimori_verifier.acting import acting_as
 from kagimori_verifier.claims import Root
 from kagimori_verifier.cli import arguments
 from kagimori_verifier.cli.access import exists, now_s, opened, reading, unknown, writing
@@ -20,6 +21,8 @@ from kagimori_verifier.store import roots
 from kagimori_verifier.verify.certificate import Certificate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kagimori_verifier.cli.output import Verbs
 
 _ARK: Final = "ARK-"
@@ -82,8 +85,13 @@ def _label(text: str) -> str:
 
 def _import(options: argparse.Namespace, output: Output) -> int:
     with opened(options) as (settings, _):
-        kept = EndorsementDirectory(settings.path(settings.endorsements))
-        lines = [line for path in options.path for line in _imported(kept, path, output)]
+        directory = EndorsementDirectory(settings.path(settings.endorsements))
+
+        def keep(raw: bytes) -> list[str]:
+            with acting_as(settings.owner):
+                return directory.add(raw)
+
+        lines = [line for path in options.path for line in _imported(keep, path, output)]
     if not lines:
         raise UsageError(
             "There is nothing to import.",
@@ -94,18 +102,18 @@ def _import(options: argparse.Namespace, output: Output) -> int:
     return 0
 
 
-def _imported(kept: EndorsementDirectory, path: Path, output: Output) -> list[str]:
+def _imported(keep: Callable[[bytes], list[str]], path: Path, output: Output) -> list[str]:
     """Keep what one file, or the files of one directory, hold; an error names the file."""
     if not path.is_dir():
         try:
-            return [f"{path}: {line}" for line in kept.add(read_file(path))]
+            return [f"{path}: {line}" for line in keep(read_file(path))]
         except KagimoriError as error:
             known = error.as_dict() | {"what": f"{path}: {error.what}"}
             raise type(error)(**known) from error
     lines = []
     for file in sorted(one for one in path.iterdir() if one.is_file()):
         try:
-            lines += [f"{file}: {line}" for line in kept.add(read_file(file))]
+            lines += [f"{file}: {line}" for line in keep(read_file(file))]
         except (OperatorError, Malformed) as error:
             if error.code == "endorsements.write":
                 raise

@@ -97,6 +97,7 @@ class EndorsementDirectory:
                 code="endorsements.write",
                 expected=f"a directory that can be written: {path.parent}",
                 found=error.strerror,
+                todo="Root writes there as the user whose verifier.toml it is: let all beside that belong to this user.",
             ) from error
 
     def _read_all(self, directory: str, prefix: str = "") -> list[bytes]:

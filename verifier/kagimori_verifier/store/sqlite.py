@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from kagimori_verifier.acting import acting_as, owner_of
+
 NAME: Final = "sqlite"
 BUSY_S: Final = 5
 """How long a transaction waits for another program's lock."""
@@ -81,13 +83,20 @@ def copy(source: Path, to: Path) -> None:
 
     SQLite's own way of copying takes a snapshot, with what still lies in the write-ahead log; copying the files does not.
     """
-    os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-    with closing(connect(source)) as here, closing(sqlite3.connect(to, isolation_level=None)) as there:
-        here.backup(there)
-        there.execute("PRAGMA journal_mode=DELETE").close()  # one file, with nothing beside it
-        _require_intact(there)
-    with to.open("rb") as file:
-        os.fsync(file.fileno())
+    # SQLite opens by name what was made here: in a directory of another user's, who may have put a link there meanwhile, root
+    # has that user's rights.
+    with (
+        acting_as(owner_of(source.parent)),
+        closing(connect(source)) as here,
+        acting_as(owner_of(to.parent)),
+    ):
+        os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        with closing(sqlite3.connect(to, isolation_level=None)) as there:
+            here.backup(there)
+            there.execute("PRAGMA journal_mode=DELETE").close()  # one file, with nothing beside it
+            _require_intact(there)
+        with to.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def check(path: Path) -> None:
