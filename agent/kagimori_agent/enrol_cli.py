@@ -77,7 +77,8 @@ def declare(verb: Callable[[str, Any, str, str], argparse.ArgumentParser]) -> No
     enrol.add_argument(
         "--reencrypt",
         action="store_true",
-        help="first give each volume a new volume key, which the host cannot know; slow, resumed by the same command",
+        help="first give each volume a new volume key, which the host cannot know; of the old keyslots only that of the"
+        " passphrase or key file given is kept, the others are destroyed; slow, resumed by the same command",
     )
     enrol.add_argument(
         "--undo",
