@@ -31,12 +31,12 @@ from kagimori_protocol import transcript
 from kagimori_protocol.errors import DiskError, KagimoriError, OperatorError, PeerError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kagimori_agent.attempt import Answered
     from kagimori_agent.config import Config, Volume
     from kagimori_protocol.enrol_code import EnrolCode
-    from kagimori_protocol.luks2_change import Change
+    from kagimori_protocol.luks2_change import Change, Image
     from kagimori_protocol.messages import Keys, VolumeKey
 
 BACKUPS: Final = Path("/var/lib/kagimori/headers")
@@ -45,11 +45,12 @@ BACKUPS: Final = Path("/var/lib/kagimori/headers")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A volume that is to be enrolled: where it is, and what opens it now."""
+    """A volume that is to be enrolled: where it is, what opens it now, and its volume key if that was made in this run."""
 
     volume: Volume
     device: Path
     passphrase: bytes = field(repr=False)
+    volume_key: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class _Done:
     kept: Path
 
 
-def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and two things that a caller may want otherwise
+def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and what a caller may want otherwise
     config: Config,
     path: Path,
     code: EnrolCode,
@@ -81,12 +82,12 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and two th
     say: Callable[[str], None],
     *,
     backups: Path = BACKUPS,
-    reencrypted: bool = False,
 ) -> Enrolled:
     """Enrol volumes whose passphrases are known to open them (``prepared``); ``path`` is the agent.toml of ``config``.
 
-    ``reencrypted`` tells the verifier that all of them have a new volume key, made in this VM. Raises Refused if the
-    verifier says no, and the first error; what was written is taken back then, and the verifier is told.
+    Where this run has made all their volume keys, and each is still its header's, the verifier hears that the volumes were
+    reencrypted. Raises Refused if the verifier says no, and the first error; what was written is taken back then, and the
+    verifier is told.
     """
     asking = narrowed(config, code, [target.volume for target in targets])
     with attester(asking, say) as one:
@@ -108,6 +109,7 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and two th
     confirmed = send_confirm(config, answered, "opened", say)
     if not confirmed and confirm.keep(answered.endpoint, answered.confirm("opened"), confirm.PATH):
         say(f"the confirmation is kept in {confirm.PATH}: `kagimori-agent confirm` sends it")
+    reencrypted = bool(done) and all(one.target.volume_key is not None for one in done)
     if reencrypted and not (confirmed and send_confirm(config, answered, "reencrypted", say)):
         say(
             "the verifier has not heard of the new volume keys: `kagimori-verifier volume provenance` tells it"
@@ -122,25 +124,23 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and two th
     )
 
 
-def prepared(
+def prepared(  # noqa: PLR0913 - which volumes of what, by what they open, and what is known of them
     config: Config,
     devices: Sequence[Path],
     uuids: Sequence[str],
     secret: Callable[[Volume, Path], bytes],
+    volume_keys: Mapping[str, bytes] | None = None,
     root: Path = Path("/"),
 ) -> list[Target]:
-    """Look at each volume as an agent will, and try what is said to open it. Raises DiskError, UsageError."""
+    """Look at each volume as an agent will, and try what is said to open it. Raises DiskError, UsageError.
+
+    ``volume_keys`` are those that were just made, by UUID (``reencrypt.renew``).
+    """
     targets = []
     for volume, device in chosen(config, devices, uuids, root):
+        volume_key = (volume_keys or {}).get(volume.uuid)
         with keyslots.opened(device) as disk:
-            image = disk.load()
-        if image.header.uuid != volume.uuid:
-            raise DiskError(
-                f"{device} is another volume by now.",
-                code="enrol.device",
-                expected=f"a header with UUID {volume.uuid}",
-                found=image.header.uuid,
-            )
+            image = _loaded(disk, volume, volume_key)
         passphrase = secret(volume, device)
         if keyslots.opens(image, passphrase) is None:
             raise DiskError(
@@ -150,7 +150,7 @@ def prepared(
                 found="one that opens none",
                 todo="Try again; no code was spent.",
             )
-        targets.append(Target(volume, device, passphrase))
+        targets.append(Target(volume, device, passphrase, volume_key))
     return targets
 
 
@@ -197,7 +197,7 @@ def undo(
     removed = []
     for target in targets:
         with keyslots.opened(target.device) as disk:
-            image = disk.load()
+            image = _loaded(disk, target.volume, target.volume_key)
             ours = keyslots.ours(image)
             meant = [one for one in ours if slot in {None, one}]
             if len(meant) != 1:
@@ -235,9 +235,28 @@ def _keys_for(answered: Answered, targets: Sequence[Target]) -> dict[str, Volume
     return by_uuid
 
 
+def _loaded(disk: keyslots.Disk, volume: Volume, volume_key: bytes | None) -> Image:
+    """Read the header that is looked at, or changed: the host may show another each time. Raises DiskError.
+
+    Its UUID is the one that is enrolled, and its volume key the one that was made, if that was.
+    """
+    image = disk.load()
+    if image.header.uuid != volume.uuid:
+        raise DiskError(
+            f"{disk.path} is another volume by now.",
+            code="enrol.device",
+            expected=f"a header with UUID {volume.uuid}",
+            found=image.header.uuid,
+            todo="See which disk is attached there. If nobody has changed it, the host has.",
+        )
+    if volume_key is not None:
+        keyslots.require_volume_key(image, volume_key)
+    return image
+
+
 def _add(target: Target, key: bytes, epoch: int, backups: Path) -> _Done:
     with keyslots.opened(target.device) as disk:
-        change = keyslots.add(disk.load(), target.passphrase, key, epoch)
+        change = keyslots.add(_loaded(disk, target.volume, target.volume_key), target.passphrase, key, epoch)
         kept = _backup(backups, target.volume.uuid)
         disk.write(change, kept)
     return _Done(target, change, kept)
@@ -248,9 +267,10 @@ def _take_back(done: Sequence[_Done], backups: Path, say: Callable[[str], None])
     for one in done:
         try:
             with keyslots.opened(one.target.device) as disk:
-                disk.write(
-                    keyslots.remove(disk.load(), one.change.slot), _backup(backups, one.target.volume.uuid)
+                change = keyslots.remove(
+                    _loaded(disk, one.target.volume, one.target.volume_key), one.change.slot
                 )
+                disk.write(change, _backup(backups, one.target.volume.uuid))
             say(f"{one.target.volume.name}: keyslot {one.change.slot} removed again")
         except KagimoriError as error:
             say(

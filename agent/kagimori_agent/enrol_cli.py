@@ -78,7 +78,8 @@ def declare(verb: Callable[[str, Any, str, str], argparse.ArgumentParser]) -> No
         "--reencrypt",
         action="store_true",
         help="first give each volume a new volume key, which the host cannot know; of the old keyslots only that of the"
-        " passphrase or key file given is kept, the others are destroyed; slow, resumed by the same command",
+        " passphrase or key file given is kept, the others are destroyed; slow. What was interrupted is ended by the same"
+        " command, to be begun anew by the next",
     )
     enrol.add_argument(
         "--undo",
@@ -113,18 +114,9 @@ def run(options: argparse.Namespace) -> int:
     volumes = [volume for volume, _ in chosen(config, options.device, options.volume)]
     enrol.narrowed(config, code, volumes)
     enrol.require_closed(volumes, options.system)
-    if options.reencrypt:
-        _reencrypt(options, config, secrets)
-    targets = enrol.prepared(config, options.device, options.volume, secrets.passphrase)
-    done = enrol.enrol(
-        config,
-        options.config,
-        code,
-        targets,
-        console.say,
-        backups=backups,
-        reencrypted=options.reencrypt,
-    )
+    volume_keys = _reencrypt(options, config, secrets) if options.reencrypt else {}
+    targets = enrol.prepared(config, options.device, options.volume, secrets.passphrase, volume_keys)
+    done = enrol.enrol(config, options.config, code, targets, console.say, backups=backups)
     for path in done.backups:
         console.say(f"the header as it was: {path}; remove it once the volume has booted")
     _tell(
@@ -182,11 +174,11 @@ class Secrets:
         return secret
 
 
-def _reencrypt(options: argparse.Namespace, config: Config, secrets: Secrets) -> None:
+def _reencrypt(options: argparse.Namespace, config: Config, secrets: Secrets) -> dict[str, bytes]:
     from kagimori_agent import enrol_volumes, reencrypt
 
-    for volume, device in enrol_volumes.chosen(config, options.device, options.volume):
-        reencrypt.reencrypt(device, secrets.passphrase(volume, device), console.say)
+    volumes = enrol_volumes.chosen(config, options.device, options.volume)
+    return reencrypt.renew(volumes, secrets.passphrase, console.say)
 
 
 def _asked(words: str, instead: str) -> str:

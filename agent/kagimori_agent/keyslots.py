@@ -112,6 +112,19 @@ def opens(image: Image, passphrase: bytes) -> str | None:
     return luks2_change.slot_of(image, run, passphrase)
 
 
+def require_volume_key(image: Image, key: bytes) -> None:
+    """Raise DiskError unless this is the volume key of a header; what opens it does not matter."""
+    if not luks2_change.has_volume_key(image, run, key):
+        raise DiskError(
+            "The volume's header is not that of the volume key that was made.",
+            code="enrol.volume-key",
+            expected="the header that the reencryption has left",
+            found="one of another volume key",
+            todo="If you have restored no header, the host has put another in its place, and may know what is behind it: "
+            "nothing was written to it. Ask the provider, then run `kagimori-agent enrol --reencrypt` again.",
+        )
+
+
 def add(image: Image, passphrase: bytes, key: bytes, epoch: int) -> Change:
     """Plan a keyslot for a new unlock key, which the header's new token vouches for; proved. Raises DiskError."""
     return luks2_change.add_key(image, run, passphrase=passphrase, key=key, epoch=epoch, salts=salts())
@@ -174,7 +187,7 @@ def run(
     reader, writer = os.pipe()
     paths = {luks2_change.HEADER: f"/proc/self/fd/{memory}", luks2_change.NEW_KEY: f"/proc/self/fd/{reader}"}
     try:
-        os.write(writer, new_key)  # 32 bytes fit any pipe, so this never waits
+        os.write(writer, new_key)  # 64 bytes fit any pipe, so this never waits
         os.close(writer)
         os.ftruncate(memory, size)
         for offset, data in pieces:

@@ -1,10 +1,14 @@
-"""Give a volume a new volume key: what its host may have kept of the old one opens nothing any more.
+"""Give volumes new volume keys: what their host may have kept of the old ones opens nothing any more.
 
 cryptsetup does it, below a mapping that is in use (online), or on a volume that nothing has opened. It keeps, at every moment,
-a header by which the passphrase opens the volume, and goes on where it was interrupted. All other keyslots are gone
-afterwards: they hold the old volume key. So this comes before an enrolment and not after one; while it runs, and until it has
-ended, an agent refuses the header (``luks.requirements``), as an unfinished reencryption is a way to have data decrypted that
-nobody wanted to be (CVE-2021-4122).
+a header by which the passphrase opens the volume. All other keyslots are gone afterwards: they hold the old volume key. So
+this comes before an enrolment and not after one; while it runs, and until it has ended, an agent refuses the header
+(``luks.requirements``), as an unfinished reencryption is a way to have data decrypted that nobody wanted to be
+(CVE-2021-4122).
+
+The new volume key is made here, and stays in memory until the volume is enrolled. The host owns the disk, and has headers of
+before that the same passphrase opens: that a header is the one of the new key is known by the key, and by nothing else
+(``keyslots.require_volume_key``). A run that ends what another had begun does not know it, and vouches for nothing.
 
 Import budget: that of ``keyslots``.
 """
@@ -18,47 +22,113 @@ from typing import TYPE_CHECKING, Final
 
 from kagimori_agent import keyslots
 from kagimori_agent.luks import cryptsetup
-from kagimori_protocol.errors import DiskError
+from kagimori_protocol.errors import DiskError, OperatorError
+from kagimori_protocol.luks2_allowed import VOLUME_KEY_SIZE
 from kagimori_protocol.luks2_layout import LuksHeader, build, copies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from kagimori_agent.config import Volume
 
 RESILIENCE: Final = ("--resilience", "checksum")
 """Each block that is being changed has a checksum in the header first, so that a crash in it is repaired."""
+NEW_KEY_SINCE_2_8: Final = "--new-volume-key-file"
+"""Before, ``--volume-key-file`` named the new key; since then it names the key that the volume has."""
+NEW_KEY_BEFORE: Final = "--volume-key-file"
+_UNDER_WAY: Final = "online-reencrypt"
+"""How cryptsetup's mark of a reencryption begins, in ``config.requirements.mandatory``; its version follows."""
 
 
-def reencrypt(device: Path, passphrase: bytes, say: Callable[[str], None]) -> None:
-    """Reencrypt a volume to its end, beginning or resuming. Raises DiskError; the passphrase opens the volume then, too."""
+def renew(
+    volumes: Sequence[tuple[Volume, Path]],
+    secret: Callable[[Volume, Path], bytes],
+    say: Callable[[str], None],
+) -> dict[str, bytes]:
+    """Give each volume a new volume key; gives these, by UUID.
+
+    A reencryption that an earlier run had begun is ended first. Raises OperatorError "enrol.resumed" then, as nobody knows
+    its volume key, and DiskError.
+    """
+    secrets = {volume.uuid: secret(volume, device) for volume, device in volumes}
+    if begun := [volume for volume, device in volumes if end_begun(device, secrets[volume.uuid], say)]:
+        raise OperatorError(
+            "A reencryption that an earlier run had begun is ended. Nothing is enrolled yet, and no code was spent.",
+            code="enrol.resumed",
+            expected="volume keys that this run has made, and knows",
+            found=f"volume keys of an earlier run: {', '.join(volume.name for volume in begun)}",
+            todo="Run `kagimori-agent enrol --reencrypt` again: it makes other volume keys, from the start. Or run `enrol` "
+            "without it: verdicts go on saying that the host may know the volume key.",
+        )
+    return {volume.uuid: reencrypt(device, secrets[volume.uuid], say) for volume, device in volumes}
+
+
+def reencrypt(device: Path, passphrase: bytes, say: Callable[[str], None]) -> bytes:
+    """Reencrypt a volume from the start to the end, and give its new volume key. Raises DiskError.
+
+    The passphrase opens the volume then, too.
+    """
+    slot = _slot(device, passphrase)
+    key = os.urandom(VOLUME_KEY_SIZE)
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, key)  # so few bytes fit any pipe
+        os.close(writer)
+        words = ["--key-slot", slot, *_new_key_option(), f"/proc/self/fd/{reader}"]
+        _run(device, passphrase, words, (reader,), say)
+    finally:
+        os.close(reader)
+    return key
+
+
+def end_begun(device: Path, passphrase: bytes, say: Callable[[str], None]) -> bool:
+    """End a reencryption that is under way; tell whether there was one. Raises DiskError."""
+    with keyslots.opened(device) as disk:
+        if not _is_under_way(disk):
+            return False
+    _run(device, passphrase, ["--resume-only"], (), say)
+    return True
+
+
+def _run(
+    device: Path, passphrase: bytes, words: list[str], pass_fds: tuple[int, ...], say: Callable[[str], None]
+) -> None:
     say(f"{device}: gets a new volume key; the VM must not reboot before this has ended")
     # Without a block device there is no mapping that cryptsetup could look for.
     offline = [] if stat.S_ISBLK(_mode(device)) else ["--force-offline-reencrypt"]
-    words = [
-        "reencrypt",
-        "--batch-mode",
-        "--type",
-        "luks2",
-        *RESILIENCE,
-        *offline,
-        "--key-file",
-        "-",
-        str(device),
+    command = [
+        *(str(cryptsetup()), "reencrypt", "--batch-mode", "--type", "luks2"),
+        *(*RESILIENCE, *offline, *words, "--key-file", "-", str(device)),
     ]
-    slot = _slot(device, passphrase)
-    if slot is not None:
-        words[1:1] = ["--key-slot", slot]
-    done = keyslots.call([str(cryptsetup()), *words], passphrase, timeout_s=None)
+    done = keyslots.call(command, passphrase, pass_fds, timeout_s=None)
     if done.returncode:
         raise DiskError(
             f"{device} was not reencrypted to its end.",
             code="enrol.reencrypt",
             expected="cryptsetup to end it",
             found=keyslots.words(done),
-            todo="The passphrase opens it as before. Run the same command again: it goes on where it was.",
+            todo="The passphrase opens it as before. Run the same command again: it ends what was begun.",
         )
     renumber(device)
     say(f"{device}: has a new volume key")
+
+
+def _new_key_option() -> tuple[str, ...]:
+    """Name the option by which this cryptsetup takes the key that a volume gets."""
+    known = keyslots.call([str(cryptsetup()), "--help"], b"").stdout
+    if NEW_KEY_SINCE_2_8.encode() in known:
+        return "--new-key-size", str(8 * VOLUME_KEY_SIZE), NEW_KEY_SINCE_2_8
+    return (NEW_KEY_BEFORE,)
+
+
+def _is_under_way(disk: keyslots.Disk) -> bool:
+    """Tell whether the newest copy of a header says that the volume is being reencrypted."""
+    found = [copy for copy in copies(disk.read) if isinstance(copy, LuksHeader)]
+    config = max(found, key=lambda one: one.seqid).json.get("config") if found else None
+    requirements = config.get("requirements") if isinstance(config, dict) else None
+    mandatory = requirements.get("mandatory") if isinstance(requirements, dict) else None
+    return isinstance(mandatory, list) and any(str(one).startswith(_UNDER_WAY) for one in mandatory)
 
 
 def renumber(device: Path) -> None:
@@ -107,15 +177,10 @@ def _mode(device: Path) -> int:
         ) from error
 
 
-def _slot(device: Path, passphrase: bytes) -> str | None:
-    """Give the keyslot that is kept; None while a reencryption is under way, which has chosen it."""
+def _slot(device: Path, passphrase: bytes) -> str:
+    """Give the keyslot that is kept."""
     with keyslots.opened(device) as disk:
-        try:
-            image = disk.load()
-        except DiskError as error:
-            if error.code in {"luks.requirements", "luks.flags"}:
-                return None
-            raise
+        image = disk.load()
     slot = keyslots.opens(image, passphrase)
     if slot is None:
         raise DiskError(

@@ -207,6 +207,27 @@ def slot_of(image: Image, cryptsetup: Cryptsetup, key: bytes | memoryview) -> st
     return None
 
 
+def has_volume_key(image: Image, cryptsetup: Cryptsetup, volume_key: bytes | memoryview) -> bool:
+    """Tell whether this is the volume key of a header, whatever opens it. Raises DiskError if that stays unknown.
+
+    cryptsetup holds it against the digest of the segment, against which it holds what comes out of every keyslot, too. The
+    digest itself is the host's to write, but one that two keys fit is not to be found.
+    """
+    code, meaning, _ = cryptsetup(
+        [
+            *("open", "--test-passphrase", "--type", "luks2", "--disable-external-tokens"),
+            *("--volume-key-file", NEW_KEY, HEADER),
+        ],
+        size=len(image.raw),
+        pieces=((0, image.raw),),
+        stdin=b"",
+        new_key=volume_key,
+    )
+    if code not in {0, NO_KEY}:
+        raise _refusal("volume.prove", "an answer about the volume key", meaning)
+    return code == 0
+
+
 def sealed_by(image: Image, key: bytes | memoryview) -> Guarded | None:
     """Tell whether a header is authenticated by this key, whatever its epoch."""
     try:

@@ -2,108 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
-from base64 import b64encode
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.worlds import CHIP_ID, SVSM, VM, Owner
+from tests.installed import PASSPHRASE, Installed, in_base64, opens, quiet, slots
+from tests.worlds import VM
 
 from kagimori_agent import cli, config, enrol, host_doors, keyslots
-from kagimori_agent.reencrypt import reencrypt
 from kagimori_agent.unlock import dry_run, unlock
 from kagimori_protocol import luks2_change
-from kagimori_protocol.enrol_code import EnrolCode
 from kagimori_protocol.errors import DiskError, OperatorError, Refused, UsageError
-from kagimori_simulator import disk, measured_boot
-from kagimori_simulator.machine import SnpMachine
-from kagimori_simulator.world import VerifierAt, VolumeAt, World
-from kagimori_verifier import enrolling
-from kagimori_verifier.store import enrolments, vms
+from kagimori_simulator.world import VerifierAt
+from kagimori_verifier.store import vms
 
 pytestmark = pytest.mark.slow  # a swtpm, a server and cryptsetup for each
-
-PASSPHRASE = b"the passphrase of an installer"
-
-
-def quiet(_: str) -> None:
-    """Say nothing."""
-
-
-@dataclass
-class Installed:
-    """A VM that was installed at its provider: its volumes open by a passphrase, and its owner's verifier knows none."""
-
-    owner: Owner
-    directory: Path
-    volumes: list[VolumeAt]
-
-    @contextmanager
-    def booted(self, *volumes: VolumeAt) -> Iterator[tuple[World, Path]]:
-        """Boot it, and give the world and its agent.toml, which names ``volumes``."""
-        machine = SnpMachine(self.owner.root, chip_id=CHIP_ID, svsm=True, measurement=SVSM, report_version=3)
-        place = self.directory / f"vm-{os.urandom(4).hex()}"
-        with World.running(place, machine) as world:
-            at = VerifierAt("home", [self.owner.url], [_base64(self.owner.public_key)])
-            yield world, world.agent_toml(VM, [at], volumes)
-
-    def code(self) -> EnrolCode:
-        """Make a code."""
-        with self.owner.verifier.store.write() as txn:
-            return enrolling.make_code(txn, VM, self.owner.now_s())[0]
-
-    def enrol(self, toml: Path, code: EnrolCode, **more: Any) -> enrol.Enrolled:  # noqa: ANN401 - options of enrol
-        """Enrol all volumes, from the booted system."""
-        loaded = config.load(toml)
-        devices = [volume.device for volume in self.volumes]
-        targets = enrol.prepared(loaded, devices, [], lambda *_: PASSPHRASE)
-        return enrol.enrol(loaded, toml, code, targets, quiet, backups=self.directory / "headers", **more)
-
-    def states(self) -> dict[str, str]:
-        """Give the states of the VM's volumes."""
-        with self.owner.verifier.store.read() as txn:
-            return {row.uuid: row.state for row in vms.volumes(txn, VM, state=None)}
-
-
-def _base64(raw: bytes) -> str:
-    return b64encode(raw).decode()
-
-
-@pytest.fixture
-def installed(tmp_path: Path, owner: Owner) -> Installed:
-    """Give a VM with root and data, whose honest boot its owner has accepted."""
-    owner.enrol_profile("grub", "grub", "svsm-vtpm", SVSM)
-    owner.enrol_vm(VM, "grub")
-    owner.change_vm(VM, purposes=["unlock", "dry-run", "enrol"])
-    owner.accept_boot(VM, "grub", measured_boot.grub(), "grub")
-    volumes = []
-    for name in ("root", "data"):
-        image = tmp_path / f"{name}.img"
-        volumes.append(VolumeAt(disk.make_volume(image, PASSPHRASE), f"crypt{name}", image))
-    return Installed(owner, tmp_path, volumes)
-
-
-def opens(image: Path, key: bytes) -> bool:
-    """Ask cryptsetup itself."""
-    command = ["cryptsetup", "open", "--test-passphrase", "--type", "luks2", "--key-file", "-", str(image)]
-    return subprocess.run(command, input=key, capture_output=True, check=False).returncode == 0
-
-
-def slots(image: Path) -> list[str]:
-    """Name the keyslots that a header has a token of ours for."""
-    with keyslots.opened(image) as one:
-        return keyslots.ours(one.load())
 
 
 def test_two_volumes_are_enrolled_at_once_and_open_at_the_next_boot(installed: Installed) -> None:
@@ -160,7 +78,7 @@ def test_an_agent_toml_of_the_hosts_is_found_out_by_the_code(installed: Installe
     """T18: its verifier would make a key that the host knows, and answer with a signature that the file vouches for."""
     code = installed.code()
     with installed.booted() as (world, _):
-        at = VerifierAt("home", [installed.owner.url], [_base64(bytes(range(32)))])
+        at = VerifierAt("home", [installed.owner.url], [in_base64(bytes(range(32)))])
         toml = world.agent_toml(VM, [at], [])
         with pytest.raises(OperatorError) as caught:
             installed.enrol(toml, code)
@@ -202,25 +120,6 @@ def test_an_enrolment_is_undone_by_one_command_on_each_side(installed: Installed
     with pytest.raises(UsageError) as caught:
         enrol.undo(targets, None, quiet, installed.directory / "headers")
     assert caught.value.code == "enrol.slot"
-
-
-def test_a_new_volume_key_is_told_to_the_verifier(installed: Installed) -> None:
-    """The data is another's under another key; the passphrase and the new key open it, and verdicts say where it was made."""
-    before = [one.device.read_bytes()[16 << 20 :] for one in installed.volumes]
-    for one in installed.volumes:
-        reencrypt(one.device, PASSPHRASE, quiet)
-        assert opens(one.device, PASSPHRASE)
-    assert all(
-        was != one.device.read_bytes()[16 << 20 :] for was, one in zip(before, installed.volumes, strict=True)
-    )
-    with installed.booted() as (_, toml):
-        done = installed.enrol(toml, installed.code(), reencrypted=True)
-        assert done.confirmed
-    with installed.owner.verifier.store.read() as txn:
-        assert {one.provenance for one in enrolments.of_vm(txn, VM)} == {"attested-vm"}
-    assert installed.owner.events(done.session)[-1] == "confirmed-reencrypted"
-    with installed.booted(*installed.volumes) as (_, toml):
-        assert len(unlock(config.load(toml), quiet, prove=True).volumes) == 2
 
 
 def test_a_system_with_open_doors_enrols_nothing(installed: Installed, tmp_path: Path) -> None:
@@ -340,55 +239,3 @@ def test_no_argument_and_no_environment_of_cryptsetup_holds_a_secret(
         for path in installed.directory.rglob("*"):
             if path.is_file():
                 assert secret not in path.read_bytes(), path
-
-
-def test_a_reencryption_that_was_killed_goes_on_and_the_passphrase_opens_meanwhile(tmp_path: Path) -> None:
-    """Kill -9 in the middle; an agent refuses the header until it has ended, and allows it then."""
-    image = tmp_path / "large.img"
-    with image.open("wb") as file:
-        file.truncate(600 << 20)
-    words = [
-        "luksFormat",
-        "--batch-mode",
-        "--type",
-        "luks2",
-        "--pbkdf",
-        "pbkdf2",
-        "--pbkdf-force-iterations",
-        "1000",
-    ]
-    subprocess.run(["cryptsetup", *words, "--key-file", "-", image], input=PASSPHRASE, check=True)
-    command = [sys.executable, "-c", REENCRYPT, str(image), PASSPHRASE.decode()]
-    with subprocess.Popen(command, start_new_session=True) as process:
-        with image.open("rb", buffering=0) as file:
-            while b"online-reencrypt" not in os.pread(file.fileno(), 16384, 0):
-                assert process.poll() is None
-                time.sleep(0.01)
-        time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGKILL)  # cryptsetup, too: it is in the same group
-    _await_end(process.pid)
-    assert opens(image, PASSPHRASE)
-    with keyslots.opened(image) as one, pytest.raises(DiskError):
-        one.load()
-    reencrypt(image, PASSPHRASE, quiet)
-    assert opens(image, PASSPHRASE)
-    with keyslots.opened(image) as one:
-        assert list(one.load().header.json["digests"]) == ["0"]
-
-
-def _await_end(group: int) -> None:
-    """Wait for all of a killed group: one that is in the middle of a write holds its locks until that has ended."""
-    deadline = time.monotonic() + 30
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.killpg(group, 0)
-            assert time.monotonic() < deadline, "a killed process does not end"
-            time.sleep(0.01)
-
-
-REENCRYPT = """
-import sys
-from pathlib import Path
-from kagimori_agent.reencrypt import reencrypt
-reencrypt(Path(sys.argv[1]), sys.argv[2].encode(), lambda _: None)
-"""
