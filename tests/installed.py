@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.worlds import CHIP_ID, SVSM, VM, Owner
 
-from kagimori_agent import config, enrol, keyslots
+from kagimori_agent import cli, config, enrol, keyslots
 from kagimori_protocol.enrol_code import EnrolCode
 from kagimori_simulator import disk, measured_boot
 from kagimori_simulator.machine import SnpMachine
@@ -58,6 +58,19 @@ class Installed:
         devices = [volume.device for volume in self.volumes]
         targets = enrol.prepared(loaded, devices, [], lambda *_: PASSPHRASE, volume_keys)
         return enrol.enrol(loaded, toml, code, targets, quiet, backups=self.directory / "headers")
+
+    def run_enrol(self, toml: Path, *words: str, code: str | None = None) -> int:
+        """Run the command for all volumes, as a program does; give its exit code."""
+        command = ["enrol", "--config", str(toml), "--backup", str(self.directory / "kept"), *words]
+        for volume in self.volumes:
+            command += ["--device", str(volume.device)]
+        given = {"--code-fd": (code or self.code().text()).encode(), "--passphrase-fd": PASSPHRASE}
+        for option, content in given.items():
+            reader, writer = os.pipe()
+            os.write(writer, content + b"\n")
+            os.close(writer)
+            command += [option, str(reader)]
+        return cli.main(command)
 
     def states(self) -> dict[str, str]:
         """Give the states of the VM's volumes."""

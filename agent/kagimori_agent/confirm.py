@@ -46,8 +46,12 @@ class Kept(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     body: bytes
 
 
-def keep(endpoint: Endpoint, body: bytes, path: Path) -> bool:
-    """Keep a Confirm for the booted system; tell whether there is a place for it, which the boot's scripts make."""
+def keep(endpoint: Endpoint, body: bytes, path: Path, *, make_place: bool = False) -> bool:
+    """Keep a Confirm for the booted system; tell whether there is a place for it, which the boot's scripts make.
+
+    ``make_place`` makes it where no script has, in a system whose boot had no agent: none of them takes the directory alone
+    for a boot of the agent's, and its unit, started there, sends what it finds.
+    """
     kept = Kept(
         name=endpoint.name,
         urls=list(endpoint.urls),
@@ -57,6 +61,8 @@ def keep(endpoint: Endpoint, body: bytes, path: Path) -> bool:
     )
     unfinished = path.with_name(f".{path.name}.new")
     try:
+        if make_place:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
         with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(msgspec.json.encode(kept))
         unfinished.replace(path)

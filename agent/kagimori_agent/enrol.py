@@ -55,7 +55,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """What has become of an enrolment: each volume with its new keyslot, and whether the verifier knows."""
+    """What has become of an enrolment: each volume with its new keyslot, and whether the verifier knows.
+
+    ``kept`` tells whether a confirmation that it has not taken can be sent again.
+    """
 
     verifier: str
     session: str
@@ -63,6 +66,7 @@ class Enrolled:
     backups: tuple[Path, ...]
     added: tuple[Volume, ...]
     confirmed: bool
+    kept: bool
 
 
 @dataclass(slots=True)
@@ -107,7 +111,10 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and what a
         raise
     answered = answered.without_payload()
     confirmed = send_confirm(config, answered, "opened", say)
-    if not confirmed and confirm.keep(answered.endpoint, answered.confirm("opened"), confirm.PATH):
+    kept = not confirmed and confirm.keep(
+        answered.endpoint, answered.confirm("opened"), confirm.PATH, make_place=True
+    )
+    if kept:
         say(f"the confirmation is kept in {confirm.PATH}: `kagimori-agent confirm` sends it")
     reencrypted = bool(done) and all(one.target.volume_key is not None for one in done)
     if reencrypted and not (confirmed and send_confirm(config, answered, "reencrypted", say)):
@@ -121,6 +128,7 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and what a
         backups=tuple(one.kept for one in done),
         added=tuple(added),
         confirmed=confirmed,
+        kept=kept,
     )
 
 

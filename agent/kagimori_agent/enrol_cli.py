@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kagimori_agent.config import Config, Volume
+    from kagimori_agent.enrol import Enrolled
 
 MAX_SECRET: Final = 8 << 20
 """Bytes that cryptsetup reads of a key file, too."""
@@ -128,10 +129,11 @@ def run(options: argparse.Namespace) -> int:
             "backups": [str(path) for path in done.backups],
             "added_to_config": [one.uuid for one in done.added],
             "confirmed": done.confirmed,
+            "confirmation_kept": done.kept,
         },
         f"enrolled {len(done.volumes)} at {done.verifier} (session {done.session})",
         *([f"{options.config} names them now: build the initramfs anew"] if done.added else []),
-        *([] if done.confirmed else ["the verifier has not heard of it yet: `kagimori-agent confirm`"]),
+        *_unconfirmed(done),
     )
     return 0
 
@@ -172,6 +174,20 @@ class Secrets:
         if not secret:
             raise _absent("a passphrase or key of one or more bytes", "none")
         return secret
+
+
+def _unconfirmed(done: Enrolled) -> list[str]:
+    """Say what to do where the verifier has not heard of an enrolment: its keys stay staged, and open nothing."""
+    if done.confirmed:
+        return []
+    if done.kept:
+        return ["the verifier has not heard of it yet: `kagimori-agent confirm`"]
+    return [
+        (
+            "the verifier has not heard of it, and what would tell it cannot be kept: `kagimori-agent enrol --undo`, "
+            "at the verifier `volume undo`, then enrol with a new code"
+        )
+    ]
 
 
 def _reencrypt(options: argparse.Namespace, config: Config, secrets: Secrets) -> dict[str, bytes]:

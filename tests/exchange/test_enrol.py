@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,8 @@ import pytest
 from tests.installed import PASSPHRASE, Installed, in_base64, opens, quiet, slots
 from tests.worlds import VM
 
-from kagimori_agent import cli, config, enrol, host_doors, keyslots
+from kagimori_agent import config, confirm, enrol, host_doors, keyslots
+from kagimori_agent.attempt import attest
 from kagimori_agent.unlock import dry_run, unlock
 from kagimori_protocol import luks2_change
 from kagimori_protocol.errors import DiskError, OperatorError, Refused, UsageError
@@ -107,6 +107,63 @@ def test_what_was_written_is_taken_back_if_the_next_volume_fails(
     assert installed.states() == {}
 
 
+def test_a_host_that_shows_another_volumes_header_after_the_exchange_gets_no_keyslot_in_it(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T2: one passphrase often opens several volumes, so each header that is changed is asked for its name."""
+    root, data = (one.device for one in installed.volumes)
+    with data.open("rb") as file:
+        header = file.read(16 << 20)
+
+    def swapping(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - attest's own
+        answered = attest(*arguments, **options)
+        with root.open("r+b") as file:
+            file.write(header)
+        return answered
+
+    monkeypatch.setattr("kagimori_agent.enrol.attest", swapping)
+    with installed.booted() as (_, toml), pytest.raises(DiskError) as caught:
+        installed.enrol(toml, installed.code())
+    assert caught.value.code == "enrol.device"
+    assert [slots(root), slots(data)] == [[], []]
+    assert installed.states() == {}
+
+
+def test_a_confirmation_that_could_not_be_sent_is_kept_where_the_boot_has_left_no_place(
+    installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first enrolment comes before any boot with an agent in it, so nobody has made /run/kagimori yet."""
+    kept = tmp_path / "run/kagimori/confirm"
+    kept.parent.parent.mkdir()
+    monkeypatch.setattr(confirm, "PATH", kept)
+    monkeypatch.setattr(enrol, "send_confirm", lambda *_: False)
+    with installed.booted() as (_, toml):
+        done = installed.enrol(toml, installed.code())
+        assert (done.confirmed, done.kept) == (False, True)
+        assert set(installed.states().values()) == {"staged"}
+        assert kept.parent.stat().st_mode & 0o777 == 0o700
+        assert confirm.resend(quiet, kept) == "home"
+    assert set(installed.states().values()) == {"active"}
+
+
+def test_where_a_confirmation_can_be_kept_nowhere_the_command_says_how_to_start_anew(
+    installed: Installed,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`kagimori-agent confirm` would find nothing to send."""
+    monkeypatch.setattr(host_doors, "open_doors", lambda *_: [])
+    monkeypatch.setattr(confirm, "PATH", tmp_path / "no-run/kagimori/confirm")
+    monkeypatch.setattr(enrol, "send_confirm", lambda *_: False)
+    with installed.booted() as (_, toml):
+        assert installed.run_enrol(toml) == 0
+    out, _ = capsys.readouterr()
+    assert "agent confirm`" not in out
+    assert "enrol --undo" in out
+    assert "volume undo" in out
+
+
 def test_an_enrolment_is_undone_by_one_command_on_each_side(installed: Installed) -> None:
     """The keyslot goes once another was proved, never the last one."""
     volume = installed.volumes[0]
@@ -146,16 +203,7 @@ def test_the_command_takes_code_and_passphrase_by_descriptors_and_tells_it_as_js
     monkeypatch.setattr(host_doors, "open_doors", lambda *_: [])
     code = installed.code().text()
     with installed.booted() as (_, toml):
-        words = ["enrol", "--config", str(toml), "--json", "--backup", str(installed.directory / "kept")]
-        for volume in installed.volumes:
-            words += ["--device", str(volume.device)]
-        given = {"--code-fd": code.upper().encode() + b"\n", "--passphrase-fd": PASSPHRASE + b"\n"}
-        for option, content in given.items():
-            reader, writer = os.pipe()
-            os.write(writer, content)
-            os.close(writer)
-            words += [option, str(reader)]
-        assert cli.main(words) == 0
+        assert installed.run_enrol(toml, "--json", code=code.upper()) == 0
     out, err = capsys.readouterr()
     told = json.loads(out[out.index("{\n") :])  # behind what the verifier logs in this process
     assert (told["confirmed"], [one["slot"] for one in told["volumes"]]) == (True, ["1", "1"])

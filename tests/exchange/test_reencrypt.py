@@ -19,7 +19,7 @@ import pytest
 from tests.installed import PASSPHRASE, Installed, opens, quiet, slots
 from tests.worlds import VM
 
-from kagimori_agent import cli, config, host_doors, keyslots
+from kagimori_agent import config, host_doors, keyslots
 from kagimori_agent.attempt import attest
 from kagimori_agent.reencrypt import end_begun, reencrypt
 from kagimori_agent.unlock import unlock
@@ -59,27 +59,6 @@ def put_back(image: Path, snapshot: bytes) -> None:
         file.write(snapshot)
 
 
-def run_enrol(installed: Installed, toml: Path, *words: str, lines: bytes = PASSPHRASE + b"\n") -> int:
-    """Run the command with a new code, as a program does."""
-    command = [
-        "enrol",
-        "--config",
-        str(toml),
-        "--json",
-        "--backup",
-        str(installed.directory / "kept"),
-        *words,
-    ]
-    for volume in installed.volumes:
-        command += ["--device", str(volume.device)]
-    for option, content in {"--code-fd": installed.code().text().encode(), "--passphrase-fd": lines}.items():
-        reader, writer = os.pipe()
-        os.write(writer, content)
-        os.close(writer)
-        command += [option, str(reader)]
-    return cli.main(command)
-
-
 def test_a_new_volume_key_is_told_to_the_verifier(
     installed: Installed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +66,7 @@ def test_a_new_volume_key_is_told_to_the_verifier(
     monkeypatch.setattr(host_doors, "open_doors", lambda *_: [])
     before = [one.device.read_bytes()[AREA:] for one in installed.volumes]
     with installed.booted() as (_, toml):
-        assert run_enrol(installed, toml, "--reencrypt") == 0
+        assert installed.run_enrol(toml, "--reencrypt", "--json") == 0
     out, _ = capsys.readouterr()
     done = json.loads(out[out.index("{\n") :])
     for was, one in zip(before, installed.volumes, strict=True):
@@ -264,13 +243,13 @@ def test_what_another_run_had_begun_is_ended_and_vouched_for_by_nobody(
     interrupted(root)
     before = area(data)
     with installed.booted() as (_, toml):
-        assert run_enrol(installed, toml, "--reencrypt") == OperatorError.exit_code
+        assert installed.run_enrol(toml, "--reencrypt", "--json") == OperatorError.exit_code
         _, err = capsys.readouterr()
         assert "--reencrypt` again" in err
         assert "confirmed-reencrypted" not in installed.owner.events()
         assert installed.states() == {}
         assert (opens(root, PASSPHRASE), area(data)) == (True, before)
-        assert run_enrol(installed, toml, "--reencrypt") == 0
+        assert installed.run_enrol(toml, "--reencrypt", "--json") == 0
     assert provenances(installed) == {"attested-vm"}
 
 
