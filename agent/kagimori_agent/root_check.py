@@ -3,7 +3,8 @@
 That is the root, whatever is mounted below it, every swap and the resume device. What a distribution mounts, it finds by names that a host can copy: a file system's UUID or label, a volume group, a
 partition's type. So what counts is not how it was found but what it lies on, asked of the kernel when all is mounted.
 
-Source: proc_pid_mountinfo(5), proc_swaps(5), Linux Documentation/ABI/testing/sysfs-power (resume), fs/btrfs/sysfs.c.
+Source: proc_pid_mountinfo(5), proc_swaps(5), Linux Documentation/ABI/testing/sysfs-power (resume), fs/btrfs/sysfs.c,
+fs/ext4/sysfs.c and fs/jbd2/journal.c (journal_task, and what the task is called), fs/xfs/xfs_super.c (logdev, rtdev).
 Import budget: the standard library, ``opened``, ``mounts``, ``resting``, the error tree.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import struct
 import uuid
 from collections.abc import Callable, Iterator
@@ -43,8 +45,13 @@ OF_NO_DISK: Final = frozenset(
     }
 )
 """File systems of the kernel's own, which may be mounted below a root: nothing in them comes from a disk."""
-ON_OTHER_DEVICES: Final = ("logdev=", "rtdev=", "journal_dev=", "journal_path=", "external_log_dev=")
-"""Options by which a file system lies on a second device, which no list of the kernel's shows."""
+WITH_A_JOURNAL: Final = frozenset({"ext2", "ext3", "ext4"})
+"""The driver of ext4 mounts all three, and does not show in the options where the journal is."""
+ON_ONE_DEVICE: Final = frozenset({"xfs", "vfat", "squashfs"})
+"""What lies on the device of its number alone, unless an option tells of another. Of other kinds (f2fs of several devices, JFS
+with its log elsewhere, EROFS with blobs, whatever a program answers for) no list of the kernel's shows the rest."""
+ON_OTHER_DEVICES: Final = ("logdev=", "rtdev=")
+"""Options by which an XFS lies on a second device."""
 MOST_TOLD: Final = 4
 
 _FS_INFO: Final = struct.Struct("<QQ16s992x")  # struct btrfs_ioctl_fs_info_args: max_id, num_devices, fsid
@@ -134,7 +141,7 @@ def _subjects(sysroot: Path, root: Path, about: Callable[[Path], BtrfsInfo]) -> 
     for mount in there:
         if mount.point == at or (mount.point.startswith(below) and mount.kind not in OF_NO_DISK):
             yield _mounted(mount, root, about)
-    yield from swaps(root, there)
+    yield from swaps(root, there, about)
     number = _read(root / "sys/power/resume")
     if number not in {None, "", "0:0"}:
         yield f"resume device {number}", [str(number)], []
@@ -149,7 +156,27 @@ def _mounted(mount: Mount, root: Path, about: Callable[[Path], BtrfsInfo]) -> _S
         return _btrfs(subject, mount, root, about)
     if mount.number.startswith("0:"):
         return subject, [], ["no block device below it"]
+    if mount.kind in WITH_A_JOURNAL:
+        return subject, [mount.number], _journal(mount.number, root)
+    if mount.kind not in ON_ONE_DEVICE:
+        return subject, [], [f"a file system ({mount.kind}) of which the kernel does not tell all devices"]
     return subject, [mount.number], []
+
+
+def _journal(number: str, root: Path) -> list[str]:
+    """Tell what is wrong with the journal of an ext4: it has one of its own, or none.
+
+    The superblock may name another device for it, by number or UUID, and no option and no holder shows that. But the kernel
+    calls the journal's task by where the journal is: jbd2/DEVICE-INODE for one within, jbd2/DEVICE for one elsewhere.
+    """
+    name = (root / "sys/dev/block" / number).resolve().name
+    task = _read(root / "sys/fs/ext4" / name / "journal_task")
+    if task == "<none>":
+        return []
+    called = _read(root / "proc" / task / "comm") if task and task.isdecimal() else None
+    if called and re.fullmatch(rf"jbd2/{re.escape(name)}-[0-9]+", called):
+        return []
+    return [f"a journal that is not known to lie within ({called or 'nothing is told'})"]
 
 
 def _btrfs(subject: str, mount: Mount, root: Path, about: Callable[[Path], BtrfsInfo]) -> _Subject:
@@ -165,7 +192,9 @@ def _btrfs(subject: str, mount: Mount, root: Path, about: Callable[[Path], Btrfs
     return subject, numbers, [] if numbers and len(numbers) == len(entries) == info.devices else [wrong]
 
 
-def swaps(root: Path, there: list[Mount]) -> Iterator[_Subject]:
+def swaps(
+    root: Path, there: list[Mount], about: Callable[[Path], BtrfsInfo] = btrfs_info
+) -> Iterator[_Subject]:
     """List the active swaps, as the check looks at them. Raises ImageError."""
     text = _read(root / "proc/swaps")
     if text is None:
@@ -183,26 +212,34 @@ def swaps(root: Path, there: list[Mount]) -> Iterator[_Subject]:
         if len(fields) < _SWAP_FIELDS:
             yield f"swap {line!a}", [], ["a line that is none of proc_swaps(5)"]
             continue
-        yield _swap(mounts.unescaped(fields[0]), fields[1], root, there)
+        path = mounts.unescaped(fields[0])
+        numbers, flaws = _swap(path, fields[1], root, there, about)
+        yield f"swap {path}", numbers, flaws
 
 
-def _swap(path: str, kind: str, root: Path, there: list[Mount]) -> _Subject:
-    subject = f"swap {path}"
+def _swap(
+    path: str, kind: str, root: Path, there: list[Mount], about: Callable[[Path], BtrfsInfo]
+) -> tuple[list[str], list[str]]:
+    """Give the devices that a swap lies on, and what is wrong with it already."""
     # The mount that it lies in: the longest that it begins with, and of these the last.
     inside = [mount for mount in there if path.startswith(mount.point.rstrip("/") + "/")]
     mount = max(reversed(inside), key=lambda one: len(one.point), default=None)
+    if kind == "file":
+        # It lies wherever its file system does.
+        return _mounted(mount, root, about)[1:] if mount else ([], ["a file in nothing that is mounted"])
     device = path
     if mount is not None and mount.kind == "devtmpfs":
         # Where /dev is by now: an initramfs moves it below the root.
         device = "/dev/" + path.removeprefix(mount.point.rstrip("/") + "/")
-    of_file = None if mount is None else mount.number
-    number = of_file if kind == "file" else resting.number_of(device, root)
+    number = resting.number_of(device, root)
     if number is None:
-        return subject, [], ["a device that the kernel does not list"]
+        return [], ["a device that the kernel does not list"]
     name = device.removeprefix("/dev/")
-    if name.startswith("zram") and _read(root / "sys/class/block" / name / "backing_dev") in {None, "none"}:
-        return subject, [], []  # compressed in memory, and nowhere else
-    return subject, [number], []
+    # Compressed in memory, and nowhere else. A partition tells nothing of what the whole device writes to.
+    in_memory = re.fullmatch(r"zram[0-9]+", name) and (root / "sys/class/block" / name / "mm_stat").exists()
+    if in_memory and _read(root / "sys/class/block" / name / "backing_dev") in {None, "none"}:
+        return [], []
+    return [number], []
 
 
 def _read(path: Path) -> str | None:

@@ -68,8 +68,21 @@ class Kernel:
     ) -> None:
         """Mount something; its number is that of the device ``source``, unless it is given."""
         number = number or self._numbers.get(source.rpartition("/")[2], "0:40")
+        if kind in {"ext2", "ext3", "ext4"}:
+            name = next((name for name, one in self._numbers.items() if one == number), "")
+            self.journal(name, f"jbd2/{name}-8")
         self._mounts.append(f"{len(self._mounts) + 1} 1 {number} / {point} rw - {kind} {source} {options}")
         self._tell()
+
+    def journal(self, name: str, task: str | None) -> None:
+        """Show by which task's name an ext4 on this device has its journal; None: it has none."""
+        if name:
+            directory = self.root / "sys/fs/ext4" / name
+            directory.mkdir(parents=True, exist_ok=True)
+            number = 100 + int(self._numbers[name].partition(":")[2])
+            (directory / "journal_task").write_text(f"{number}\n" if task else "<none>\n")
+            (self.root / f"proc/{number}").mkdir(exist_ok=True)
+            (self.root / f"proc/{number}/comm").write_text(f"{task}\n")
 
     def swap(self, path: str, kind: str = "partition") -> None:
         """Activate a swap."""

@@ -54,6 +54,7 @@ def swap_in_memory(kernel: Kernel) -> None:
     """A compressed swap that lies in memory alone."""
     root_with_the_kernels_own_below(kernel)
     kernel.disk("zram0")
+    (kernel.root / "sys/class/block/zram0/mm_stat").touch()
     kernel.swap("/dev/zram0")
     (kernel.root / "sys/class/block/zram0/backing_dev").write_text("none\n")
 
@@ -74,9 +75,28 @@ def swap_where_dev_has_moved(kernel: Kernel) -> None:
     kernel.swap("/sysroot/dev/dm-4")
 
 
+def without_a_journal(kernel: Kernel) -> None:
+    """An ext4 that has none, as a small image may."""
+    root_with_the_kernels_own_below(kernel)
+    kernel.journal("dm-0", None)
+
+
+def swap_file_of_a_btrfs(kernel: Kernel) -> None:
+    """A file on a btrfs, which has the number of no device."""
+    kernel.btrfs(FSID, "dm-0")
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", "btrfs", "0:33")
+    kernel.swap("/sysroot/swapfile", "file")
+
+
+def xfs(kernel: Kernel) -> None:
+    """An XFS that has its log within."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", "xfs", kernel.number("dm-0"), "rw,noquota")
+
+
 @pytest.mark.parametrize(
     "laid",
     [
+        *(without_a_journal, swap_file_of_a_btrfs, xfs),
         swap_where_dev_has_moved,
         root_with_the_kernels_own_below,
         lvm_on_the_volume,
@@ -188,6 +208,85 @@ def second_device_by_option(kernel: Kernel) -> str:
     return "a second device (logdev=/dev/vdb)"
 
 
+def journal_on_a_disk(kernel: Kernel) -> str:
+    """An ext4 whose journal the kernel found on a planted disk, by the number or UUID that is in its super block."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.journal("dm-0", f"jbd2/{kernel.disk('vdb')}")
+    return "a journal that is not known to lie within (jbd2/vdb)"
+
+
+def journal_of_another(kernel: Kernel) -> str:
+    """A task of a journal that lies in the file system of another device."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.journal("dm-0", "jbd2/dm-01-8")
+    return "a journal that is not known to lie within (jbd2/dm-01-8)"
+
+
+def journal_of_a_task_that_is_gone(kernel: Kernel) -> str:
+    """A kernel that names a task which is not there."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    (kernel.root / "sys/fs/ext4/dm-0/journal_task").write_text("9999\n")
+    return "a journal that is not known to lie within (nothing is told)"
+
+
+def journal_untold(kernel: Kernel) -> str:
+    """A kernel that says nothing about this ext4."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", "ext3", kernel.number("dm-0"))
+    (kernel.root / "sys/fs/ext4/dm-0/journal_task").unlink()
+    return "a journal that is not known to lie within (nothing is told)"
+
+
+def journal_below_the_root(kernel: Kernel) -> str:
+    """The root is good, and a volume below it has its journal elsewhere."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.upon("dm-1", ["dm-0"], "vg-usr")
+    kernel.mount("/sysroot/usr", "/dev/mapper/vg-usr", number=kernel.number("dm-1"))
+    kernel.journal("dm-1", "jbd2/vdb")
+    return "/sysroot/usr (ext4 of /dev/mapper/vg-usr): a journal"
+
+
+def f2fs(kernel: Kernel) -> str:
+    """An f2fs may be made of several devices, and no list of the kernel's shows the others."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", "f2fs", kernel.number("dm-0"))
+    return "a file system (f2fs) of which the kernel does not tell all devices"
+
+
+def jfs(kernel: Kernel) -> str:
+    """A JFS may have its log elsewhere."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", "jfs", kernel.number("dm-0"))
+    return "a file system (jfs) of which"
+
+
+def by_a_program(kernel: Kernel) -> str:
+    """A file system that a program answers for, with a block device beside it."""
+    kernel.mount("/sysroot/srv", "/dev/mapper/cryptroot", "fuseblk", kernel.number("dm-0"))
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    return "a file system (fuseblk) of which"
+
+
+def swap_file_of_several_devices(kernel: Kernel) -> str:
+    """A swap file beside the root, in a file system whose devices nobody tells."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.upon("dm-1", ["dm-0"], "vg-swap")
+    kernel.mount("/swap", "/dev/mapper/vg-swap", "f2fs", kernel.number("dm-1"))
+    kernel.swap("/swap/file", "file")
+    return "swap /swap/file: a file system (f2fs) of which"
+
+
+def swap_on_a_part_of_zram(kernel: Kernel) -> str:
+    """A partition of a compressed device that writes to a disk, of which only the whole one tells."""
+    swap_written_back(kernel)
+    kernel.swap(f"/dev/{kernel.partition('zram0p1', 'zram0')}")
+    return "swap /dev/zram0p1: zram0p1 on zram0: a disk"
+
+
+def swap_on_what_begins_like_zram(kernel: Kernel) -> str:
+    """A device that only begins like a compressed one."""
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
+    kernel.swap(f"/dev/{kernel.disk('zramdisk')}")
+    return "swap /dev/zramdisk: zramdisk: a disk"
+
+
 def swap_on_a_disk(kernel: Kernel) -> str:
     """A swap with the right UUID, on a planted disk."""
     kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number("dm-0"))
@@ -228,6 +327,9 @@ def unknown_device(kernel: Kernel) -> str:
     [
         *(plain_disk, plain_partition, same_volume_group, linear_over_both, half_a_mirror, another_luks),
         *(another_usr, mounted_over, overlay, shared_by_the_host, in_memory, loop, second_device_by_option),
+        *(journal_on_a_disk, journal_of_another, journal_of_a_task_that_is_gone, journal_untold),
+        *(journal_below_the_root, f2fs, jfs, by_a_program, swap_file_of_several_devices),
+        *(swap_on_a_part_of_zram, swap_on_what_begins_like_zram),
         *(swap_on_a_disk, swap_of_nobody, swap_written_back, resume_device, unknown_device),
     ],
     ids=lambda laid: laid.__name__,
