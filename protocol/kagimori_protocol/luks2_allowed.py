@@ -11,11 +11,13 @@ Import budget: that of ``luks2_layout``.
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Any, Final
 
 from kagimori_protocol.luks2_layout import BINARY_SIZE, LuksHeader, refusal, require_object, shown
 
+_BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){0,32}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", re.ASCII)
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 
 ENCRYPTIONS: Final = frozenset({"aes-xts-plain64"})
@@ -29,6 +31,12 @@ KDFS: Final = {
     "argon2i": frozenset({"type", "salt", "time", "memory", "cpus"}),
     "pbkdf2": frozenset({"type", "salt", "hash", "iterations"}),
 }
+SALT_SIZE: Final = 32
+DIGEST_SIZES: Final = {"sha256": frozenset({20, 32}), "sha512": frozenset({20, 64})}
+"""Bytes that a digest by each hash has; 20 are what a volume has kept that was LUKS1 once."""
+MIN_ITERATIONS: Final = 1000
+"""What cryptsetup gives a digest at least."""
+MAX_COST: Final = (1 << 32) - 1
 MAX_KEYSLOTS: Final = 32
 STRIPES: Final = 4000
 MIN_AREA: Final = VOLUME_KEY_SIZE * STRIPES
@@ -184,17 +192,26 @@ def _check_keyslot(name: str, value: object) -> None:
     kind = _one_of(f"{name}: kdf.type", kdf.get("type"), frozenset(KDFS))
     _members(kdf, f"{name}: kdf", KDFS[str(kind)])
     _one_of(f"{name}: kdf.hash", kdf.get("hash", "sha256"), HASHES)
-    # Costs are not bounded from below: an unlock key is 32 random bytes, and no KDF makes it better or worse.
+    _base64_of(f"{name}: kdf.salt", kdf["salt"], frozenset({SALT_SIZE}))
+    # Costs are hardly bounded from below: an unlock key is 32 random bytes, and no KDF makes it better or worse.
+    for cost in KDFS[str(kind)] - {"type", "salt", "hash"}:
+        _number(f"{name}: kdf.{cost}", kdf[cost], 1)
 
 
 def _check_digest(keyslots: dict[str, Any], digests: dict[str, Any]) -> None:
-    """Require one digest that ties every keyslot to the segment: no keyslot may hold another key."""
+    """Require one digest that ties every keyslot to the segment: no keyslot may hold another key.
+
+    Its lengths are held here and not left to cryptsetup: the digest is what tells one volume key from another.
+    """
     if list(digests) != ["0"]:
         raise refusal("luks.digests", "exactly one digest, 0", shown(list(digests)))
     names = {"type", "keyslots", "segments", "hash", "iterations", "salt", "digest"}
     digest = _members(digests["0"], "digest 0", names)
     _equal("digest 0: type", digest["type"], "pbkdf2")
-    _one_of("digest 0: hash", digest["hash"], HASHES)
+    of = _one_of("digest 0: hash", digest["hash"], HASHES)
+    _base64_of("digest 0: digest", digest["digest"], DIGEST_SIZES[str(of)])
+    _base64_of("digest 0: salt", digest["salt"], frozenset({SALT_SIZE}))
+    _number("digest 0: iterations", digest["iterations"], MIN_ITERATIONS)
     _equal("digest 0: segments", digest["segments"], ["0"])
     tied = digest["keyslots"]
     if (
@@ -243,6 +260,21 @@ def _one_of(name: str, value: object, allowed: frozenset[Any]) -> object:
     if not isinstance(value, (str, int)) or isinstance(value, bool) or value not in allowed:
         raise refusal("luks.value", f"{name} of {shown(sorted(allowed))}", shown(value))
     return value
+
+
+def _base64_of(name: str, value: object, sizes: frozenset[int]) -> None:
+    """Require the one text (RFC 4648, section 4) of bytes of one of these sizes."""
+    expected = f"{name} as base64 of {' or '.join(map(str, sorted(sizes)))} bytes"
+    if not isinstance(value, str) or not _BASE64.fullmatch(value):
+        raise refusal("luks.value", expected, shown(value))
+    content = base64.b64decode(value)
+    if len(content) not in sizes or base64.b64encode(content) != value.encode("ascii"):
+        raise refusal("luks.value", expected, shown(value))
+
+
+def _number(name: str, value: object, least: int) -> None:
+    if type(value) is not int or not least <= value <= MAX_COST:
+        raise refusal("luks.value", f"{name} from {least} to {MAX_COST}", shown(value))
 
 
 def _decimal(name: str, value: object) -> int:

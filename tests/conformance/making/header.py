@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import hmac
 import json
@@ -16,6 +17,9 @@ Json = dict[str, Any]
 UUID: Final = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
 UNLOCK_KEY: Final = bytes(range(32))
 OTHER_KEY: Final = bytes(range(32, 64))
+SALT: Final = base64.b64encode(bytes(range(64, 96))).decode()
+DIGEST: Final = base64.b64encode(bytes(range(96, 128))).decode()
+SLASHES: Final = base64.b64encode(bytes([255]) * 32).decode()
 
 
 def _keyslot(number: int) -> Json:
@@ -30,7 +34,7 @@ def _keyslot(number: int) -> Json:
             "encryption": "aes-xts-plain64",
             "key_size": 64,
         },
-        "kdf": {"type": "pbkdf2", "hash": "sha256", "iterations": 1000, "salt": "c2FsdA=="},
+        "kdf": {"type": "pbkdf2", "hash": "sha256", "iterations": 1000, "salt": SALT},
     }
 
 
@@ -54,8 +58,8 @@ HEADER: Final[Json] = {
             "segments": ["0"],
             "hash": "sha256",
             "iterations": 1000,
-            "salt": "c2FsdA==",
-            "digest": "ZGlnZXN0",
+            "salt": SALT,
+            "digest": DIGEST,
         }
     },
     "config": {"json_size": "12288", "keyslots_size": "16744448"},
@@ -121,8 +125,8 @@ def vectors() -> Iterator[Vector]:
         "unsealed-expected": ("Epoch 0 expects any sealed header.", sealed(HEADER, "1", UNLOCK_KEY), 0),
         "two-keys": ("Each unlock key has its own token, with its own epoch.", both, 4),
         "escapes": (
-            "In strings only quotation mark and backslash are escaped.",
-            sealed(_changed("digests", salt='"/\\'), "1", UNLOCK_KEY),
+            "A slash is not escaped in what is authenticated, though cryptsetup escapes it in the header.",
+            sealed(_changed("digests", salt=SLASHES), "1", UNLOCK_KEY),
             1,
         ),
         "other-keyslot-removed": (
@@ -173,7 +177,17 @@ def _refused() -> Iterator[Vector]:
             "luks.mac",
         ),
         "offset": ("So is where it begins.", _merged(good, "segments", offset="16781312"), "luks.mac"),
-        "digest": ("And the digest.", _merged(good, "digests", digest="b3RoZXI="), "luks.mac"),
+        "digest": ("And the digest.", _merged(good, "digests", digest=SALT), "luks.mac"),
+        "digest-length": (
+            "A digest is as long as its hash.",
+            sealed(_changed("digests", digest=DIGEST[:40]), "1", UNLOCK_KEY),
+            "luks.value",
+        ),
+        "digest-salt-length": (
+            "Its salt has 32 bytes.",
+            sealed(_changed("digests", salt=""), "1", UNLOCK_KEY),
+            "luks.value",
+        ),
         "keyslots-size": ("And sizes.", _config(good, keyslots_size="16740352"), "luks.mac"),
         "token-twice": (
             "A keyslot has one token.",
@@ -209,7 +223,7 @@ def _vector(
     name: str, about: str, header: Json, epoch: int, *, gives: Json | None = None, fails: str | None = None
 ) -> Vector:
     inputs = given(uuid=UUID, unlock_key=UNLOCK_KEY, header_epoch=epoch)
-    area = {"header.json": json.dumps(header, separators=(",", ":")).encode()}
+    area = {"header.json": json.dumps(header, separators=(",", ":")).replace("/", "\\/").encode()}
     return Vector(f"header/{name}", about, inputs | area, gives, fails)
 
 

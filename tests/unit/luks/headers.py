@@ -5,6 +5,7 @@ Source: LUKS2 On-Disk Format Specification 1.1.1, figure 2 (binary header) and s
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,6 +19,8 @@ UUID = "6f1c1a58-8a52-4b7e-9c8c-0d6f3c7f2a11"
 KEY = bytes(range(32))
 SIZE = 0x4000
 DEVICE_SIZE = 64 << 20
+SALT = base64.b64encode(bytes(range(32))).decode()
+DIGEST = base64.b64encode(bytes(range(32, 64))).decode()
 
 HONEST: Json = {
     "keyslots": {
@@ -32,7 +35,7 @@ HONEST: Json = {
                 "encryption": "aes-xts-plain64",
                 "key_size": 64,
             },
-            "kdf": {"type": "argon2id", "time": 4, "memory": 1048576, "cpus": 4, "salt": "c2FsdA=="},
+            "kdf": {"type": "argon2id", "time": 4, "memory": 1048576, "cpus": 4, "salt": SALT},
         }
     },
     "tokens": {},
@@ -53,8 +56,8 @@ HONEST: Json = {
             "segments": ["0"],
             "hash": "sha256",
             "iterations": 1000,
-            "salt": "c2FsdA==",
-            "digest": "ZGlnZXN0",
+            "salt": SALT,
+            "digest": DIGEST,
         }
     },
     "config": {"json_size": "12288", "keyslots_size": "16744448"},

@@ -18,7 +18,7 @@ import pytest
 from tests import volumes
 from tests.conformance.making.header import Json
 from tests.unit.luks.attacker import Host
-from tests.unit.luks.headers import SIZE
+from tests.unit.luks.headers import SALT, SIZE
 
 from kagimori_agent import luks_header
 from kagimori_protocol import luks2_guard
@@ -64,7 +64,7 @@ ATTACKS: dict[str, tuple[str, Callable[[Json], object]]] = {
     "KDF of less work": ("luks.mac", _keyslot("kdf", iterations=1)),
     "KDF of another hash": ("luks.mac", _keyslot("kdf", hash="sha512")),
     "KDF of a broken hash": ("luks.value", _keyslot("kdf", hash="md5")),
-    "another salt": ("luks.mac", _keyslot("kdf", salt="c2FsdA==")),
+    "another salt": ("luks.mac", _keyslot("kdf", salt=SALT)),
     "fewer AF stripes": ("luks.value", _keyslot("af", stripes=1)),
     "another AF hash": ("luks.mac", _keyslot("af", hash="sha512")),
     "re-encryption under way": (
@@ -80,7 +80,8 @@ ATTACKS: dict[str, tuple[str, Callable[[Json], object]]] = {
         lambda one: one["config"].update(requirements={"mandatory": ["later"]}),
     ),
     "an unknown member of config": ("luks.members", lambda one: one["config"].update(later="x")),
-    "foreign digest": ("luks.mac", lambda one: one["digests"]["0"].update(digest="Zm9yZWlnbg==")),
+    "foreign digest": ("luks.mac", lambda one: one["digests"]["0"].update(digest=SALT)),
+    "digest of no bytes": ("luks.value", lambda one: one["digests"]["0"].update(digest="")),
     "second digest": ("luks.digests", lambda one: one["digests"].update({"1": one["digests"]["0"]})),
     "data moved by a sector": ("luks.mac", _segment(offset=str((16 << 20) + 4096))),
     "data before the keyslots' end": ("luks.area", _segment(offset=str(8 << 20))),

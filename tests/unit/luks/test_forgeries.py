@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from tests.unit.luks.headers import (
     HONEST,
     KEY,
     RAW,
+    SALT,
     SEALED,
     SIZE,
     config,
@@ -70,6 +72,17 @@ OURS = token(HONEST, "0", KEY)
 def _digest(**changes: object) -> Callable[[Json], object]:
     return lambda one: one["digests"]["0"].update(changes)
 
+
+WRONG_BYTES: dict[str, object] = {
+    "nothing": "",
+    "a number": 5,
+    "null": None,
+    "a list": [],
+    **{f"{size} bytes": base64.b64encode(bytes(size)).decode() for size in (1, 19, 31, 33, 63, 65, 128)},
+    "no base64": "!" * 44,
+    "base64 with bits that are not used": SALT[:-2] + "9=",
+    "base64 without its padding": SALT.rstrip("="),
+}
 
 FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     "a null cipher for the data lays the volume open": (
@@ -137,7 +150,7 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     "an unknown KDF": ("luks.value", _part("kdf", type="none")),
     "a KDF of a broken hash": (
         "luks.value",
-        _keyslot(kdf={"type": "pbkdf2", "salt": "c2FsdA==", "hash": "md5", "iterations": 1000}),
+        _keyslot(kdf={"type": "pbkdf2", "salt": SALT, "hash": "md5", "iterations": 1000}),
     ),
     "a KDF without its salt": ("luks.members", lambda one: one["keyslots"]["0"]["kdf"].pop("salt")),
     "a KDF that is null": ("luks.json", _keyslot(kdf=None)),
@@ -160,6 +173,30 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     "a digest of keyslots in an object": ("luks.digests", _digest(keyslots={"0": 1})),
     "a digest of another type": ("luks.value", _digest(type="none")),
     "a digest by a broken hash": ("luks.value", _digest(hash="md5")),
+    **{
+        f"a digest of {what} that fits no key, or every one": ("luks.value", _digest(digest=value))
+        for what, value in WRONG_BYTES.items()
+    },
+    **{
+        f"a digest whose salt is {what}": ("luks.value", _digest(salt=value))
+        for what, value in WRONG_BYTES.items()
+    },
+    **{
+        f"a KDF whose salt is {what}": ("luks.value", _part("kdf", salt=value))
+        for what, value in WRONG_BYTES.items()
+    },
+    **{
+        f"a digest of {value!r} iterations": ("luks.value", _digest(iterations=value))
+        for value in (0, 999, 1 << 32, "1000", True, None)
+    },
+    **{
+        f"a KDF of {value!r} passes": ("luks.value", _part("kdf", time=value))
+        for value in (0, 1 << 32, "4", True, None)
+    },
+    "a longer digest than its hash gives": (
+        "luks.value",
+        _digest(digest=base64.b64encode(bytes(64)).decode()),
+    ),
     "no digest": ("luks.digests", lambda one: one["digests"].clear()),
     "a token that gives cryptsetup another key": (
         "luks.tokens",
