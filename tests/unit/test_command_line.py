@@ -117,6 +117,37 @@ def test_without_its_word_a_door_is_open(door: Any) -> None:  # noqa: ANN401 - a
         ("sysrq_always_enabled", "debugger"),
         ("efivar_ssdt=Mallory", "acpi-tables"),
         ("acpi_rsdp=0x1000", "acpi-tables"),
+        ("rdbreak=pre-mount", "break"),
+        ("systemd.break=pre-mount", "break"),
+        ("rd.systemd.break", "break"),
+        ("initrdmem=0x1000000,0x800000", "init"),
+        ("initrd=0x1000000,0x800000", "init"),
+        ("systemd.crash_shell", "debug-shell"),
+        ("rd.systemd.crash-shell=yes", "debug-shell"),
+        ("-s", "units"),
+        ("S", "units"),
+        ("recovery", "units"),
+        ("systemd.set_credential_binary=passwd.hashed-password.root:AA==", "units"),
+        ("rd.systemd.set-credential-binary=a:AA==", "units"),
+        ("systemd.condition-first-boot=yes", "units"),
+        ("--unit=rescue.target", "units"),
+        ("--confirm-spawn", "units"),
+        ("SYSTEMD_PROC_CMDLINE=x", "units"),
+        ("LD_PRELOAD=/x", "units"),
+        ("cloud-config-url=http://10.0.2.2/", "units"),
+        ("url=http://10.0.2.2/", "units"),
+        ("ds=nocloud;s=http://10.0.2.2/", "units"),
+        ("root=dhcp", "units"),
+        ("root=cifs://10.0.2.2/", "units"),
+        ("root=/dev/nbd0", "units"),
+        ("root=", "units"),
+        ("nbdroot=10.0.2.2,1", "units"),
+        ("overlayroot=tmpfs", "units"),
+        ("kgdboc_earlycon=ttyS0", "debugger"),
+        ("kgdboc.kgdboc=ttyS0", "debugger"),
+        ("sysctl.kernel.sysrq=1", "debugger"),
+        ("sysctl/kernel/sysrq=438", "debugger"),
+        ("bootconfig", "command-line"),
     ],
 )
 def test_a_word_that_opens_a_door_is_named(word: str, door: str) -> None:
@@ -131,7 +162,10 @@ def test_a_word_that_opens_a_door_is_named(word: str, door: str) -> None:
         *("init=/sbin/init", "init=/usr/lib/systemd/systemd", "systemd.unit=multi-user.target"),
         *("rd.systemd.unit=initrd.target", "panic=30", "rd.emergency=reboot", "systemd.gpt_auto=no", "quiet"),
         *("root=/dev/mapper/cryptroot", "root=UUID=5c9e7a10-3d0f-4b7a-9a51-0c6b7d1e2f30", "root=LABEL=live"),
-        *("boot=local", "rootflags=subvol=@", "rootfstype=ext4"),
+        *("boot=local", "rootflags=subvol=@", "rootfstype=ext4", "root=block:/dev/mapper/cryptroot"),
+        *("root=PARTUUID=8270f3c9-b4e4-4345-80ee-5a62db7ebf3f", "initrd=\\EFI\\debian\\initrd.img", "_b"),
+        *("sysctl.kernel.sysrq=0", "systemd.crash_shell=no", "systemd.condition-first-boot=no", "ds=none"),
+        *("2", "3", "5", "overlayroot=disabled", "BOOT_IMAGE=/vmlinuz", "nomodeset", "bootdev=recovery"),
         *("console=ttyS0,115200", "breakfast=yes", "rd.luks.name=uuid=cryptroot", "kagimori.debug"),
     ],
 )
@@ -147,15 +181,54 @@ def test_a_harmless_word_opens_nothing(word: str) -> None:
         CLOSED.replace("noresume", "x='a noresume b'"),
         CLOSED.replace("noresume", '"noresume"'),
         CLOSED.replace("noresume", "") + " -- noresume",
-        CLOSED.replace("noresume", "noresume\\"),
+        CLOSED.replace("noresume", "") + " noresume\\",
         CLOSED.replace("noresume", "noresume=1"),
         CLOSED.replace("noresume", "resume"),
         CLOSED.replace("noresume", "rd.noresume"),
+        # The kernel knows only one kind of quotes, and may be inside of them where systemd is outside.
+        CLOSED.replace("noresume", """x='"' noresume y='"'"""),
+        CLOSED.replace("noresume", "x\\ noresume"),
+        CLOSED.replace("noresume", "") + """ x=\\" noresume y=\\" """,
     ],
 )
 def test_a_word_that_may_be_read_another_way_closes_nothing(text: str) -> None:
     """In quotes, behind a --, beside a backslash, or with rd. before it: who reads a line takes these apart differently."""
     assert opened(text) == ["resume"]
+
+
+@pytest.mark.parametrize("word", ['panic="-1"', "panic='-1'", 'x="a panic=-1"', '"panic=-1"', "panic=\\-1"])
+def test_a_word_that_closes_and_may_be_read_another_way_beside_a_good_one_is_refused(word: str) -> None:
+    """The shell of initramfs-tools leaves the quotes in the value, which is no number then, and the last one counts."""
+    for text in (f"{word} {CLOSED}", f"{CLOSED} {word}"):
+        assert opened(text) == ["panic"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["\t", "\v", "\f", "\r", "\n", "\x00", "\x1c", "\x7f", "\x85", "\xa0", "é", "\u2028", "\ufffd"]
+)
+def test_a_text_that_is_not_printable_ascii_is_refused(odd: str) -> None:
+    """At some of these the kernel ends a word, or the line, and systemd does not, or we do not."""
+    for text in (
+        f"{CLOSED}{odd}quiet",
+        f"x={odd}{CLOSED}",
+        f"{odd}{CLOSED}",
+        f"quiet{odd}init=/bin/sh {CLOSED}",
+    ):
+        flaw = doors(text)[0]
+        assert (flaw.door, flaw.found) == ("reading", f"{odd!a} at {text.index(odd)}")
+
+
+def test_the_newline_at_the_end_of_a_file_is_no_part_of_a_text() -> None:
+    """A file that became a command line ends with one, and there all who read it agree."""
+    assert opened(f"{CLOSED}\n") == []
+
+
+def test_a_text_longer_than_the_kernel_takes_is_refused() -> None:
+    """What is cut off closes nothing."""
+    longest = f"x={'y' * (2047 - len(CLOSED) - 3)} {CLOSED}"
+    assert opened(longest) == []
+    (flaw,) = doors(f"x{longest}")
+    assert (flaw.door, flaw.found) == ("reading", "2048 characters")
 
 
 @given(st.text(max_size=80), st.sampled_from(sorted(REQUIRED)))

@@ -7,8 +7,9 @@ name those that its owner leaves open.
 The text itself is in the log only where GRUB boots (PCR 8). The kernel's own event (PCR 9) has a digest of it, so for the
 other boot ways the owner states the text in the policy, and the digest tells which one was booted (THREATS T5).
 
-Sources: Linux, Documentation/admin-guide/kernel-parameters; kernel-command-line(7), systemd-system-credentials(7);
-dracut.cmdline(7); initramfs-tools(7); FORMATS section 8 for how the kernel's EFI stub measures its load options.
+Sources: Linux, Documentation/admin-guide/kernel-parameters; kernel-command-line(7), systemd-system-credentials(7),
+systemd-debug-generator(8), systemd(1); dracut.cmdline(7); initramfs-tools(7); cloud-init's documentation of the command
+line; FORMATS section 8 for how the kernel's EFI stub measures its load options.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 LOAD_OPTIONS_PCR: Final = 9
 QEMUS_OWN: Final = " initrd=initrd"
 """What QEMU adds to a command line that it hands over itself (boot way ``direct``)."""
+LONGEST: Final = 2047
+"""Bytes that Linux takes on x86 (COMMAND_LINE_SIZE, with the final NUL); the rest is cut off, and its words with it."""
 
 REQUIRED: Final[dict[Door, str]] = {
     "credentials": "systemd.import_credentials=no",
@@ -53,6 +56,7 @@ GIVEN_UP: Final[dict[Door, str]] = {
     "crash-dump": "a host that makes the kernel crash has its memory written down by another",
     "debugger": "the kernel's debugger, or its emergency keys, obey the host's console",
     "acpi-tables": "the kernel runs ACPI code that no PCR covers",
+    "reading": "who boots may read other words in the text than were judged",
     "command-line": "what is booted may leave any door open: nobody has looked",
 }
 """What an owner gives up who accepts a door."""
@@ -70,32 +74,58 @@ _CLOSES: Final[dict[Door, tuple[str, str]]] = {
 """The key of each word, and which of its values close the door; every one that is there must."""
 
 _UNIT_WORDS: Final = (
-    *("wants", "mask", "run", "mount_extra", "swap_extra", "set_credential", "volatile"),
+    *("wants", "mask", "run", "mount_extra", "swap_extra", "volatile"),
+    *("set_credential", "set_credential_binary"),
     # What it asks on the console, fetches, gives to every program, listens at.
     *("confirm_spawn", "pull", "setenv", "ssh_listen"),
 )
+_PREFIXES: Final = ("", "rd.")
 _OPENS: Final[dict[Door, tuple[tuple[str, str], ...]]] = {
-    "break": (("break", ""), ("rd.break", ""), ("rd.cmdline", "")),
-    "init": (("init", r"/sbin/init|(?:/usr)?/lib/systemd/systemd"), ("rdinit", "")),
-    "debug-shell": (("systemd.debug_shell", ""), ("rd.systemd.debug_shell", "")),
+    "break": tuple(
+        (word, "")
+        for word in ("break", "rd.break", "rdbreak", "rd.cmdline", "systemd.break", "rd.systemd.break")
+    ),
+    "init": (
+        *(("init", r"/sbin/init|(?:/usr)?/lib/systemd/systemd"), ("rdinit", "")),
+        # An initramfs that lies in memory already, measured by nobody. Of a file, the kernel's EFI stub measures what it reads.
+        *(("initrdmem", ""), ("initrd", "[^,]*")),
+    ),
+    "debug-shell": tuple(
+        (f"{prefix}systemd.{word}", harmless)
+        for prefix in _PREFIXES
+        for word, harmless in (("debug_shell", ""), ("crash_shell", _NO))
+    ),
     "units": (
         *(
             ("systemd.unit", r"(?:multi-user|graphical|default)\.target"),
             ("rd.systemd.unit", r"initrd\.target"),
         ),
-        *((f"{prefix}systemd.{word}", "") for prefix in ("", "rd.") for word in _UNIT_WORDS),
+        *((f"{prefix}systemd.{word}", "") for prefix in _PREFIXES for word in _UNIT_WORDS),
+        # With it, programs of a first boot ask on the console for what is not set.
+        *((f"{prefix}systemd.condition_first_boot", _NO) for prefix in _PREFIXES),
         # Where another root comes from than a disk that the root check can follow.
-        *(("boot", "local"), ("netroot", ""), ("nfsroot", ""), ("rd.overlay", "0|no|off")),
-        ("root", r"(?!/dev/nfs|/dev/ram|nfs|live:|nbd|iscsi:|http|virtiofs:).*"),
-        *((word, "") for word in ("emergency", "rescue", "single", "s", "S", "1", "_b", "rd.rescue")),
+        *(("boot", "local"), ("netroot", ""), ("nfsroot", ""), ("nbdroot", "")),
+        *(("rd.overlay", "0|no|off"), ("overlayroot", "disabled")),
+        ("root", r"(?:block:)?/dev/(?!nfs|cifs|nbd|ram).+|(?:UUID|LABEL|PARTUUID|PARTLABEL)=.+"),
+        *((word, "") for word in ("emergency", "rescue", "single", "s", "S", "1", "-b", "-s", "rd.rescue")),
+        # The menu of Ubuntu's friendly-recovery, on the console.
+        ("recovery", ""),
+        # From where cloud-init fetches what it does.
+        *(("cloud_config_url", ""), ("url", ""), ("ds", r"(?!.*://).*")),
     ),
     "crash-dump": (("crashkernel", ""),),
-    "debugger": tuple(
-        (word, "") for word in ("kgdboc", "kgdbdbgp", "kgdbwait", "ekgdboc", "sysrq_always_enabled")
+    "debugger": (
+        *((word, "") for word in ("kgdboc", "kgdboc.kgdboc", "kgdboc_earlycon", "ekgdboc")),
+        *((word, "") for word in ("kgdbdbgp", "kgdbwait", "sysrq_always_enabled")),
+        ("sysctl.kernel.sysrq", "0"),
     ),
     "acpi-tables": (("efivar_ssdt", ""), ("acpi_rsdp", "")),
+    # More words, which the kernel takes out of the initramfs.
+    "command-line": (("bootconfig", ""),),
 }
 """Keys that open a door, and the values with which they do not."""
+_OPENS_UNITS: Final = ("--", "SYSTEMD_", "LD_")
+"""How keys begin that do so, too: arguments of init, and what the kernel puts into its environment."""
 
 
 class Flaw(NamedTuple):
@@ -129,25 +159,55 @@ def appraise_command_line(
     return not counted
 
 
+class _Word(NamedTuple):
+    """One word of a command line, and how sure it is that all who read the line see this word."""
+
+    text: str
+    key: str
+    value: str
+    clear: bool
+    """No quote is in it, and it is in none: whoever splits the line at blanks or by quotes reads the same key and value."""
+    heeded: bool
+    """It is clear, and a parameter of the kernel's, not an argument that the kernel leaves to init."""
+
+
 def doors(text: str) -> list[Flaw]:
     """List the doors that a command line leaves open."""
     words = list(_words(text))
-    found: list[Flaw] = []
+    found = _misreadings(text)
     for door, (key, closing) in _CLOSES.items():
         # With rd. before it, a word may open the door, and closes it at most in the initramfs.
-        said = [
-            (word, value, plain and name == key)
-            for word, name, value, plain in words
-            if name in {key, f"rd.{key}"}
-        ]
-        wrong = [word for word, value, _ in said if not re.fullmatch(closing, value)]
-        if wrong or not any(closes for _, _, closes in said):
+        said = [word for word in words if word.key in {key, f"rd.{key}"}]
+        wrong = [word.text for word in said if not (word.clear and re.fullmatch(closing, word.value))]
+        if wrong or not any(word.heeded and word.key == key for word in said):
             found.append(Flaw(door, REQUIRED[door], wrong[0] if wrong else f"no {REQUIRED[door]}"))
     for door, keys in _OPENS.items():
         for key, harmless in keys:
-            for word, name, value, _ in words:
-                if name == key and not (harmless and re.fullmatch(harmless, value)):
-                    found.append(Flaw(door, f"no {key.replace('_b', '-b')}", word))
+            for word in words:
+                if word.key == key and not (harmless and re.fullmatch(harmless, word.value)):
+                    found.append(Flaw(door, f"no {key}", word.text))
+    for start in _OPENS_UNITS:
+        found += [
+            Flaw("units", f"no {start}*", word.text)
+            for word in words
+            if word.key.startswith(start) and word.key != start
+        ]
+    return found
+
+
+def _misreadings(text: str) -> list[Flaw]:
+    """Tell why not all who read a text find the same words in it, and all of them.
+
+    The kernel ends a word at any byte that its isspace calls so, a no-break space among them; its EFI stub ends the line at a
+    newline; systemd and the shells of an initramfs do neither. The newline at the end of a file is where all of them end.
+    """
+    found = []
+    line = text.rstrip("\n")
+    odd = re.search(r"[^ -~]", line)
+    if odd:
+        found.append(Flaw("reading", "printable ASCII", f"{odd[0]!a} at {odd.start()}"))
+    if len(line) > LONGEST:
+        found.append(Flaw("reading", f"at most {LONGEST} characters", f"{len(line)} characters"))
     return found
 
 
@@ -171,22 +231,33 @@ def _booted(events: Mapping[int, Sequence[Event]], policy: Policy) -> Iterator[s
     yield from (text for text in policy.command_lines if digests(text) & measured_digests)
 
 
-def _words(text: str) -> Iterator[tuple[str, str, str, bool]]:
-    """Give each word, its key and value, and whether it surely is a word of its own.
+def _words(text: str) -> Iterator[_Word]:
+    """Give each word, as far as blanks part them.
 
     Who reads a command line takes quotes its own way, and the kernel leaves to init what follows a ``--``: a word in
-    either may open a door and closes none. A dash in a key is an underscore (parse_args of the kernel, systemd).
+    either may open a door and closes none. A dash in a key is an underscore (parse_args of the kernel, systemd), but not
+    one before it; a slash in the name of a sysctl is a dot.
     """
-    quote = ""
+    quote = ""  # Of systemd, which knows two kinds.
+    doubled = False  # Of the kernel and of dracut, which know one, and see it within the other.
+    escaped = False  # For whoever takes a backslash for an escape, as systemd once did.
     outside = True
     for word in text.split():
-        plain = not quote and outside
+        unquoted = not quote and not doubled and not escaped
+        escaped = word.endswith("\\")
         for character in word:
+            doubled ^= character == '"'
             if character in {'"', "'"} and quote in {"", character}:
                 quote = "" if quote else character
-        if word == "--":
+        # Whether the rest is in quotes depends on whether a backslash takes the meaning from the one behind it.
+        if word == "--" or re.search(r"\\[\"']", word):
             outside = False
         # Wherever they stand in it: systemd takes them off there, too.
         bare = re.sub("[\"']", "", word)
         key, _, value = bare.partition("=")
-        yield word, key.replace("-", "_"), value, plain and bare == word and "\\" not in word
+        name = key.lstrip("-")
+        name = key[: len(key) - len(name)] + name.replace("-", "_")
+        if name.startswith("sysctl"):
+            name = name.replace("/", ".")
+        clear = unquoted and bare == word and "\\" not in word
+        yield _Word(word, name, value, clear, clear and outside)

@@ -30,6 +30,7 @@ Door = Literal[
     "crash-dump",
     "debugger",
     "acpi-tables",
+    "reading",
     "command-line",
 ]
 """What a command line may leave open (``command_line``); the last is one whose text nobody knows."""
