@@ -20,6 +20,11 @@ from kagimori_protocol.errors import ImageError
 PATH: Final = Path("/proc/cmdline")
 DEBUG_WORD: Final = "kagimori.debug"
 ADDRESS_WORD: Final = "kagimori.ip="
+SECOND: Final = "SystemdOptions-8cf2644b-4b0b-428f-9387-6d876050dc67"
+"""A variable of the firmware's, whose words systemd takes for words of the kernel command line, unless Secure Boot is on."""
+EFI: Final = Path("sys/firmware/efi")
+SYSTEMDS_COPY: Final = Path("run/systemd/efivars")
+"""Where systemd before 256 keeps what it has read of that variable."""
 FORM: Final = f"{ADDRESS_WORD}ADDRESS/LENGTH[,gateway=ADDRESS][,dns=ADDRESS]...[,interface=NAME]"
 
 
@@ -68,6 +73,51 @@ def parse(text: str) -> CommandLine:
         else:
             raise _refused("cmdline.word", f"no word of ours but {DEBUG_WORD} and, once, {FORM}", word)
     return CommandLine(debug, network, tuple(names))
+
+
+def check_alone(root: Path = Path("/")) -> None:
+    """Hold that this boot has no second command line, which nothing measures: the host may write the firmware's variables.
+
+    Raises ImageError if there is one, or if nobody can tell. Where the kernel has the variables' file system and it is not
+    mounted, it would not be: there are no variables then, for systemd neither. Source: systemd, BOOT_LOADER_INTERFACE and
+    proc-cmdline.c; kernel-command-line(7).
+    """
+    variables = root / EFI / "efivars"
+    for path in (variables / SECOND, root / SYSTEMDS_COPY / SECOND):
+        if path.exists():
+            raise ImageError(
+                "There is a second command line, which nothing has measured.",
+                code="cmdline.efi-options",
+                expected="no variable SystemdOptions of the firmware",
+                found=f"/{path.relative_to(root)}",
+                todo=f"Remove it (chattr -i and rm /{EFI / 'efivars' / SECOND}). If nobody of yours has set it, the host has: "
+                "systemd obeys it.",
+            )
+    if not (root / EFI).is_dir() or _has_entries(variables):
+        return
+    try:
+        known = (root / "proc/filesystems").read_text(encoding="ascii", errors="replace").split()
+    except OSError as error:
+        raise _untold(str(error.strerror)) from error
+    if "efivarfs" not in known:
+        raise _untold("no efivarfs in /proc/filesystems")
+
+
+def _has_entries(directory: Path) -> bool:
+    try:
+        return any(directory.iterdir())
+    except OSError:
+        return False
+
+
+def _untold(found: str) -> ImageError:
+    return ImageError(
+        "Nobody can tell whether there is a second command line, in the firmware's variables.",
+        code="cmdline.efi-untold",
+        expected=f"efivarfs mounted at /{EFI / 'efivars'}",
+        found=found,
+        todo="Put the kernel module efivarfs into the initramfs: build it again.",
+    )
 
 
 def check_names(line: CommandLine, volumes: dict[str, str]) -> None:

@@ -56,6 +56,12 @@ DEVICES: Final[dict[str, Needs]] = {
 }
 """By the names of ``devices.DEVICES``."""
 
+BOOT: Final = Needs(
+    drivers=(
+        Driver(("efivarfs",), "wanted", "the firmware's variables, one of which is a second command line"),
+    )
+)
+
 DISK: Final = Needs(
     # glibc opens it where a thread ends or is cancelled (pthread_exit), as in cryptsetup's Argon2 and in Python.
     libraries=(("libgcc_s.so.1", "threads end through it"),),
@@ -92,4 +98,4 @@ CODECS: Final = ("encodings.ascii", "encodings.latin_1", "encodings.unicode_esca
 """Codecs that our sources name, beside those that any start of Python loads: Python looks a codec up at its first use,
 which may be on a path that no recording takes, such as the mapping of a real volume. A test reads them off the sources."""
 
-PARTS: Final = (*DEVICES.values(), DISK, NETWORK)
+PARTS: Final = (*DEVICES.values(), BOOT, DISK, NETWORK)

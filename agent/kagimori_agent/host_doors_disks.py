@@ -1,7 +1,7 @@
 """Doors that disks open: names in fstab and crypttab that a planted disk can carry, swap, images to resume, keys at rest.
 
 A device is looked up where the names lead now, and must rest wholly on the owner's volumes. Sources: fstab(5),
-crypttab(5), systemd.swap(5), systemd-hibernate-resume-generator(8). Import budget: ``booted``, ``root_check``.
+crypttab(5), systemd.swap(5), systemd-hibernate-resume-generator(8). Import budget: ``booted``, ``root_check``, ``cmdline``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
-from kagimori_agent import mounts, root_check
+from kagimori_agent import cmdline, mounts, root_check
 from kagimori_agent.booted import joined
 from kagimori_agent.host_doors_software import Seen
 from kagimori_protocol.errors import ImageError
@@ -119,6 +119,18 @@ def resumes(system: System) -> Iterator[Seen]:
         )
 
 
+def second_command_line(system: System) -> Iterator[Seen]:
+    """Look for words that systemd takes from the firmware."""
+    variable = cmdline.EFI / "efivars" / cmdline.SECOND
+    if (system.root / variable).exists():
+        yield Seen(
+            "efi-options",
+            "the firmware's variable SystemdOptions",
+            "systemd takes its words for words of the command line, and the host writes the firmware's variables.",
+            f"Remove it: chattr -i and rm /{variable}. With it, no boot gets its keys.",
+        )
+
+
 def ssh_keys(system: System) -> Iterator[Seen]:
     """Look where the keys lie by which this system proves itself to who logs in."""
     keys = [path.name for path in system.files("etc/ssh/ssh_host_*_key")]
@@ -138,4 +150,4 @@ def ssh_keys(system: System) -> Iterator[Seen]:
 
 
 Look = Callable[["System"], Iterator[Seen]]
-LOOKS: Final[tuple[Look, ...]] = (fstab, crypttab, swaps, resumes, ssh_keys)
+LOOKS: Final[tuple[Look, ...]] = (fstab, crypttab, swaps, resumes, second_command_line, ssh_keys)

@@ -167,7 +167,8 @@ def _get_and_open(config: Config, say: Callable[[str], None], *, prove: bool) ->
 
 
 def _heed_command_line(config: Config) -> None:
-    """Refuse a boot whose command line says more to us than it may (PROTOCOL.md section 1), or renames our volumes."""
+    """Refuse a boot whose command line says more to us than it may (PROTOCOL.md section 1), renames our volumes, or is not alone."""
+    cmdline.check_alone()
     line = cmdline.read()
     cmdline.check_names(line, {volume.uuid: volume.name for volume in config.volumes})
     if line.debug:

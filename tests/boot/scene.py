@@ -13,7 +13,7 @@ from typing import Final
 
 from tests.boot import machine
 from tests.boot.estate import Site
-from tests.boot.machine import Disk, Machine
+from tests.boot.machine import PLAIN, Disk, Firmware, Machine
 
 _SECTOR: Final = 512
 _CRYPT: Final = "console=ttyS0 root=/dev/mapper/cryptroot ro no_timer_check"
@@ -47,7 +47,7 @@ class Scene:
     """``meanwhile`` is a script that the initramfs runs before Kagimori's, ``booted`` one that the booted root runs.
 
     ``cmdline`` in place of the tests' own; ``words`` are QEMU's; ``dump`` is a file that the guest may write as a disk;
-    ``disks`` are those that the host attaches beside; ``network`` is another network than usual.
+    ``disks`` are those that the host attaches beside; ``network`` and ``firmware`` are others than usual.
     """
 
     meanwhile: str = ""
@@ -58,6 +58,7 @@ class Scene:
     disks: Sequence[Disk] = ()
     tpm: bool = True
     network: str | None = None
+    firmware: Firmware = PLAIN
 
 
 def with_shell(more: str) -> str:
@@ -91,6 +92,7 @@ def played(site: Site, verifier: str | None, scene: Scene) -> Iterator[Machine]:
         verifier=verifier,
         tpm=scene.tpm,
         network=scene.network,
+        firmware=scene.firmware,
     ) as running:
         yield running
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kagimori_agent.cmdline import CommandLine, check_names, parse, read
+from kagimori_agent.cmdline import CommandLine, check_alone, check_names, parse, read
 from kagimori_agent.config import Config, Network, load
 from kagimori_agent.settings import boot_settings
 from kagimori_protocol.errors import ImageError
@@ -217,3 +217,46 @@ def test_a_volume_of_agent_toml_has_one_name(word: str) -> None:
 def test_its_own_name_and_other_volumes_are_none_of_our_business(word: str) -> None:
     """What the command line says of them is for others to read."""
     check_names(parse(f"ro {word} quiet"), {UUID: "cryptroot"})
+
+
+OPTIONS = "SystemdOptions-8cf2644b-4b0b-428f-9387-6d876050dc67"
+
+
+def _guest(root: Path, *files: str, filesystems: str = "nodev\tefivarfs\n") -> Path:
+    (root / "proc").mkdir()
+    (root / "proc/filesystems").write_text(f"nodev\tsysfs\n{filesystems}")
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+@pytest.mark.parametrize("place", ["sys/firmware/efi/efivars", "run/systemd/efivars"])
+def test_a_second_command_line_of_the_host_s_ends_the_boot(tmp_path: Path, place: str) -> None:
+    """Systemd obeys it: it could run a program of the host's, or skip what Kagimori does. No PCR shows it."""
+    with pytest.raises(ImageError) as caught:
+        check_alone(_guest(tmp_path, f"{place}/{OPTIONS}", "sys/firmware/efi/efivars/BootOrder-1"))
+    assert caught.value.code == "cmdline.efi-options"
+    assert str(caught.value.found) == f"/{place}/{OPTIONS}"
+
+
+def test_who_cannot_look_into_the_variables_does_not_boot(tmp_path: Path) -> None:
+    """The module may be on the root's disk, from where systemd would load it."""
+    guest = _guest(tmp_path, filesystems="")
+    check_alone(guest)
+    (guest / "sys/firmware/efi/efivars").mkdir(parents=True)
+    with pytest.raises(ImageError) as caught:
+        check_alone(guest)
+    assert caught.value.code == "cmdline.efi-untold"
+    (guest / "proc/filesystems").unlink()
+    with pytest.raises(ImageError):
+        check_alone(guest)
+
+
+def test_other_variables_or_none_that_the_kernel_can_reach_are_no_reason(tmp_path: Path) -> None:
+    """As with efi=noruntime, where the file system is known and cannot be mounted."""
+    guest = _guest(tmp_path)
+    (guest / "sys/firmware/efi/efivars").mkdir(parents=True)
+    check_alone(guest)
+    (guest / "sys/firmware/efi/efivars/HibernateLocation-1").touch()
+    check_alone(guest)

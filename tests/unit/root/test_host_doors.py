@@ -237,6 +237,12 @@ def firmware_variable(booted: Booted) -> str:
     return "hibernate-location"
 
 
+def second_command_line(booted: Booted) -> str:
+    """Somebody has used `bootctl systemd-efi-options`, or the host has put it there."""
+    booted.write("sys/firmware/efi/efivars/SystemdOptions-8cf2644b-4b0b-428f-9387-6d876050dc67", "debug")
+    return "efi-options"
+
+
 def keys_of_sshd(booted: Booted) -> str:
     """/etc lies on a plain disk."""
     booted.kernel.mount("/etc", "/dev/vda1")
@@ -271,6 +277,7 @@ def keys_of_sshd(booted: Booted) -> str:
             no_noresume,
             resume_of_initramfs_tools,
             firmware_variable,
+            second_command_line,
             keys_of_sshd,
         ),
     ],
