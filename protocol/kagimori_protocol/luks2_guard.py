@@ -38,7 +38,7 @@ KEY_SIZE: Final = 32
 """Bytes of an unlock key."""
 FIRST_EPOCH: Final = 1
 _TODO_RESEAL: Final = (
-    "If the owner changed the header or never sealed it, `kagimori-verifier volume reseal`; "
+    "If the owner changed the header or never sealed it, `kagimori-verifier volume reseal` (--changed); "
     "if nobody did, the host has changed it: restore the header from a backup."
 )
 

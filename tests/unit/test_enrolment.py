@@ -52,7 +52,7 @@ class Desk:
             at_s=1,
         )
 
-    def reseal(self, *, restored: bool = False, number: int = 0) -> VolumeRow:
+    def reseal(self, *, restored: bool = False, changed: bool = False, number: int = 0) -> VolumeRow:
         """Seal the header of the one volume as it is now."""
         (row,) = self.rows()
         return enrolment.reseal_volume(
@@ -64,6 +64,7 @@ class Desk:
             backup=self.image.with_name(f"header-before-{number}"),
             at_s=2,
             restored=restored,
+            changed=changed,
         )
 
     def rows(self) -> tuple[VolumeRow, ...]:
@@ -329,7 +330,7 @@ def test_what_cannot_be_sealed_is_named(desk: Desk, formatted: Path) -> None:
     desk.add()
     subprocess.run(["cryptsetup", "luksKillSlot", "-q", str(desk.image), "1"], check=True)
     with pytest.raises(DiskError) as caught:
-        desk.reseal()
+        desk.reseal(changed=True)
     assert caught.value.code == "volume.prove"
     disk.make_volume(desk.image, PASSPHRASE)
     with pytest.raises(DiskError) as caught:

@@ -20,7 +20,7 @@ from kagimori_protocol.luks2_guard import FIRST_EPOCH
 from kagimori_verifier import ledger, luks_enrol
 from kagimori_verifier.keystore.unlock_keys import UnlockKeys
 from kagimori_verifier.store import enrolments, vms
-from kagimori_verifier.store.enrolments import EnrolledRow
+from kagimori_verifier.store.enrolments import EnrolledRow, Provenance
 from kagimori_verifier.store.vms import VolumeRow
 
 if TYPE_CHECKING:
@@ -48,20 +48,30 @@ def add_volume(  # noqa: PLR0913 - what one volume consists of, by name only
     backup: Path,
     at_s: int,
     part: tuple[int, int] | None = None,
+    recovered: bool = False,
 ) -> VolumeRow:
     """Make an unlock key, keep it, give it a keyslot with its token; returns the active volume.
 
     ``passphrase`` opens an existing keyslot; ``label`` is the mapping's name in the VM; ``part`` is where in the device the
     volume lies (offset and size in bytes), or None for all of it; ``backup`` is the new file that the
-    header goes to as it was. Raises DiskError and OperatorError; header and database are then as before, or the error
+    header goes to as it was. ``recovered`` says that ``passphrase`` is a recovery key: the disk has been at its host, so that
+    key has to vouch for the header, and who formatted it is not known. Raises DiskError and OperatorError; header and database are then as before, or the error
     says what is not.
     """
     unlock_keys = UnlockKeys(kek)
     with luks_enrol.opened(device, part) as disk:
         image = disk.load()
         uuid = image.header.uuid
+        if recovered and luks2_change.sealed_by(image, passphrase) is None:
+            raise _unsealed(
+                device,
+                "the recovery key",
+                "Restore the header from a backup of yours, or give a passphrase (--passphrase-fd).",
+            )
         with store.write() as txn:
-            row, resumed = _kept(txn, unlock_keys, vm_id, uuid, label, at_s)
+            row, resumed = _kept(
+                txn, unlock_keys, vm_id, uuid, label, at_s, "unknown" if recovered else "owner-machine"
+            )
         key = unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
         try:
             change = _to_add(image, key, passphrase, resumed=resumed)
@@ -100,12 +110,14 @@ def reseal_volume(  # noqa: PLR0913 - as above
     backup: Path,
     at_s: int,
     restored: bool = False,
+    changed: bool = False,
 ) -> VolumeRow:
     """Authenticate a volume's header as it is now, with the next epoch; returns the volume.
 
-    The header is the owner's word: what the allow-list takes is sealed. A header that this key has sealed before and that
-    is older than the one expected is refused unless ``restored``: the host may show it to have it sealed. Raises
-    DiskError and OperatorError; header and database are then as before, or the error says what is not.
+    The host may show any header to have it sealed. So the very copy that is worked on has to be sealed by this key already,
+    with the epoch that is expected or a later one; ``restored`` says that the owner has brought back an older one, ``changed``
+    that he has made the seal void. What was never sealed, by a release that did not, needs no word. Raises DiskError and
+    OperatorError; header and database are then as before, or the error says what is not.
     """
     with store.read() as txn:
         row = _active(txn, vm_id, uuid)
@@ -120,6 +132,13 @@ def reseal_volume(  # noqa: PLR0913 - as above
                 found=image.header.uuid,
             )
         sealed = luks2_change.sealed_by(image, key)
+        if sealed is None and _was_sealed(row) and not changed:
+            raise _unsealed(
+                device,
+                "this volume's unlock key",
+                "If you have changed segment, digest or keyslot with cryptsetup yourself (reencrypt, luksConvertKey), say so "
+                "by --changed. If nobody has, the host has: restore the header from a backup.",
+            )
         if sealed is not None and sealed.epoch < row.header_epoch and not restored:
             raise DiskError(
                 f"{device} has an old header.",
@@ -148,7 +167,7 @@ def reseal_volume(  # noqa: PLR0913 - as above
                 todo="Look at `kagimori-verifier volume list`, then run the command again.",
             )
         vms.set_header_epoch(txn, vm_id, uuid, row.version, epoch)
-        body = {"uuid": uuid, "header_epoch": epoch, "restored": restored}
+        body = {"uuid": uuid, "header_epoch": epoch, "restored": restored, "changed": changed}
         ledger.append(txn, at_s=at_s, event="volume-resealed", vm_id=vm_id, session=None, body=body)
     return replace(row, header_epoch=epoch)
 
@@ -177,6 +196,21 @@ def _active(txn: Txn, vm_id: str, uuid: str) -> VolumeRow:
     )
 
 
+def _was_sealed(row: VolumeRow) -> bool:
+    """Tell whether a key has a token in its volume's header; that of a recovery key has, of an epoch that is not known."""
+    return row.header_epoch >= FIRST_EPOCH or row.origin == "recovery"
+
+
+def _unsealed(device: Path, by: str, todo: str) -> DiskError:
+    return DiskError(
+        f"{device} has a header that nobody vouches for.",
+        code="volume.unsealed",
+        expected=f"a newest copy of the header that is sealed by {by}",
+        found="one without a token, or with another MAC",
+        todo=todo,
+    )
+
+
 def _where(device: Path, part: tuple[int, int] | None) -> str:
     """Name a volume for cryptsetup: restored at an image's start, a header would lie over its partition table."""
     if part is None:
@@ -195,8 +229,8 @@ def _half_done(error: KagimoriError, backup: Path) -> KagimoriError:
     )
 
 
-def _kept(  # noqa: PLR0913 - a row's columns
-    txn: Txn, unlock_keys: UnlockKeys, vm_id: str, uuid: str, label: str, at_s: int
+def _kept(  # noqa: PLR0913 - two rows' columns
+    txn: Txn, unlock_keys: UnlockKeys, vm_id: str, uuid: str, label: str, at_s: int, provenance: Provenance
 ) -> tuple[VolumeRow, bool]:
     """Keep a new wrapped key, or find the one that an interrupted run has kept; tells which."""
     others: list[VolumeRow] = []
@@ -217,7 +251,7 @@ def _kept(  # noqa: PLR0913 - a row's columns
     wrapped = unlock_keys.wrap(unlock_keys.make(), vm_id, uuid, FIRST_VERSION)
     row = VolumeRow(vm_id, uuid, "adding", wrapped, FIRST_VERSION, FIRST_EPOCH, label, at_s)
     vms.add_volume(txn, row)
-    enrolments.add(txn, EnrolledRow(vm_id, uuid, FIRST_VERSION, "owner-machine", None, explained=True))
+    enrolments.add(txn, EnrolledRow(vm_id, uuid, FIRST_VERSION, provenance, None, explained=True))
     return row, False
 
 

@@ -79,8 +79,8 @@ def register(verbs: Verbs) -> None:
         volume,
         "reseal",
         _reseal,
-        "Authenticate a volume's header as it is now, after you have changed it with cryptsetup (or enrolled it with a\n"
-        "release that did not seal). From then on the VM refuses every older header.",
+        "Authenticate a volume's header as it is now (or for the first time, if a release enrolled it that did not seal).\n"
+        "From then on the VM refuses every older header. A header on which no seal holds is taken at your word alone.",
         "volume reseal --vm web1 --uuid 0b5a0e3c-... --device disk.img",
     )
     reseal.add_argument("--vm", required=True, type=arguments.vm, metavar="NAME")
@@ -92,6 +92,11 @@ def register(verbs: Verbs) -> None:
         "--restored",
         action="store_true",
         help="seal it even if it is older than what is expected: you restored it",
+    )
+    reseal.add_argument(
+        "--changed",
+        action="store_true",
+        help="seal it though no seal holds on it: you changed segment, digest or keyslot with cryptsetup",
     )
     header_backups.declare(reseal)
     remove = add_verb(
@@ -124,6 +129,7 @@ def _add(options: argparse.Namespace, output: Output) -> int:
             else passphrase_of(options),
             backup=backup,
             at_s=now_s(),
+            recovered=options.recovery_code_fd is not None,
         )
     output.result(
         shown_volume(volume),
@@ -149,6 +155,7 @@ def _reseal(options: argparse.Namespace, output: Output) -> int:
             backup=backup,
             at_s=now_s(),
             restored=options.restored,
+            changed=options.changed,
         )
     output.result(
         shown_volume(volume),
