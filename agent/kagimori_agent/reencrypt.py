@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kagimori_agent import keyslots
 from kagimori_agent.luks import cryptsetup
@@ -27,7 +27,7 @@ from kagimori_protocol.luks2_allowed import VOLUME_KEY_SIZE
 from kagimori_protocol.luks2_layout import LuksHeader, build, copies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from kagimori_agent.config import Volume
@@ -69,6 +69,7 @@ def reencrypt(device: Path, passphrase: bytes, say: Callable[[str], None]) -> by
 
     The passphrase opens the volume then, too.
     """
+    _tidy(device)
     slot = _slot(device, passphrase)
     key = os.urandom(VOLUME_KEY_SIZE)
     reader, writer = os.pipe()
@@ -122,13 +123,42 @@ def _new_key_option() -> tuple[str, ...]:
     return (NEW_KEY_BEFORE,)
 
 
+def _tidy(device: Path) -> None:
+    """Take away what a run has left that was killed before cryptsetup had begun, or as it ended. Raises DiskError.
+
+    That is a keyslot of a volume key that no data is under: the new one, or the old one.
+    """
+    with keyslots.opened(device) as disk:
+        digests = _newest(disk).get("digests")
+    tied = digests.values() if isinstance(digests, dict) else ()
+    unused = [one for one in tied if isinstance(one, dict) and one.get("segments") == []]
+    named = [slot for one in unused if isinstance(one.get("keyslots"), list) for slot in one["keyslots"]]
+    for slot in [slot for slot in named if isinstance(slot, str) and slot.isdecimal()]:
+        command = [str(cryptsetup()), "luksKillSlot", "--batch-mode", "--", str(device), slot]
+        done = keyslots.call(command, b"")
+        if done.returncode:
+            raise DiskError(
+                f"{device} has a keyslot that a reencryption has left.",
+                code="enrol.leftover",
+                expected="cryptsetup to remove it",
+                found=keyslots.words(done),
+                todo=f"See what it is, then: cryptsetup luksKillSlot {device} {slot}.",
+            )
+    renumber(device)
+
+
 def _is_under_way(disk: keyslots.Disk) -> bool:
     """Tell whether the newest copy of a header says that the volume is being reencrypted."""
-    found = [copy for copy in copies(disk.read) if isinstance(copy, LuksHeader)]
-    config = max(found, key=lambda one: one.seqid).json.get("config") if found else None
+    config = _newest(disk).get("config")
     requirements = config.get("requirements") if isinstance(config, dict) else None
     mandatory = requirements.get("mandatory") if isinstance(requirements, dict) else None
     return isinstance(mandatory, list) and any(str(one).startswith(_UNDER_WAY) for one in mandatory)
+
+
+def _newest(disk: keyslots.Disk) -> Mapping[str, Any]:
+    """Give the JSON of the newest copy of a header, of which nothing is verified; empty where there is none."""
+    found = [copy for copy in copies(disk.read) if isinstance(copy, LuksHeader)]
+    return max(found, key=lambda one: one.seqid).json if found else {}
 
 
 def renumber(device: Path) -> None:

@@ -253,6 +253,48 @@ def test_what_another_run_had_begun_is_ended_and_vouched_for_by_nobody(
     assert provenances(installed) == {"attested-vm"}
 
 
+def keyslot_of_no_data(image: Path) -> None:
+    """Leave what a reencryption leaves that is killed before it begins: the new volume key's keyslot, and its digest."""
+    reader, writer = os.pipe()
+    os.write(writer, PASSPHRASE)
+    os.close(writer)
+    words = ["cryptsetup", "luksAddKey", "--batch-mode", "--unbound", "--key-size", "512", "--key-file", "-"]
+    words += ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", str(image), f"/proc/self/fd/{reader}"]
+    subprocess.run(words, input=PASSPHRASE, check=True, pass_fds=(reader,))
+    os.close(reader)
+
+
+def digest_of_another_number(image: Path) -> None:
+    """Leave what a reencryption leaves whose agent is killed as cryptsetup ends."""
+    words = [
+        "cryptsetup",
+        "reencrypt",
+        "--batch-mode",
+        "--force-offline-reencrypt",
+        "--key-file",
+        "-",
+        str(image),
+    ]
+    subprocess.run(words, input=PASSPHRASE, check=True)
+
+
+@pytest.mark.parametrize("leave", [keyslot_of_no_data, digest_of_another_number])
+def test_what_a_run_leaves_that_is_killed_at_either_end_is_tidied_by_the_next(
+    tmp_path: Path, leave: Callable[[Path], None]
+) -> None:
+    """An agent refuses such a header, and the command that is said to go on would refuse it as well."""
+    image = tmp_path / "volume.img"
+    disk.make_volume(image, PASSPHRASE)
+    leave(image)
+    with keyslots.opened(image) as one, pytest.raises(DiskError) as caught:
+        one.load()
+    assert caught.value.code == "luks.digests"
+    key = reencrypt(image, PASSPHRASE, quiet)
+    assert volume_key(image) == key
+    with keyslots.opened(image) as one:
+        assert len(one.load().header.json["keyslots"]) == 1
+
+
 def _await_end(group: int) -> None:
     """Wait for all of a killed group: one that is in the middle of a write holds its locks until that has ended."""
     deadline = time.monotonic() + 30
