@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +51,17 @@ class Installed:
             return enrolling.make_code(txn, VM, self.owner.now_s())[0]
 
     def enrol(
-        self, toml: Path, code: EnrolCode, volume_keys: dict[str, bytes] | None = None
+        self,
+        toml: Path,
+        code: EnrolCode,
+        volume_keys: dict[str, bytes] | None = None,
+        say: Callable[[str], None] = quiet,
     ) -> enrol.Enrolled:
         """Enrol all volumes, from the booted system."""
         loaded = config.load(toml)
         devices = [volume.device for volume in self.volumes]
         targets = enrol.prepared(loaded, devices, [], lambda *_: PASSPHRASE, volume_keys)
-        return enrol.enrol(loaded, toml, code, targets, quiet, backups=self.directory / "headers")
+        return enrol.enrol(loaded, toml, code, targets, say, backups=self.directory / "headers")
 
     def run_enrol(self, toml: Path, *words: str, code: str | None = None) -> int:
         """Run the command for all volumes, as a program does; give its exit code."""

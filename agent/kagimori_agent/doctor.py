@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from kagimori_agent import cmdline, luks
+from kagimori_agent import cmdline, keyslots, luks
 from kagimori_agent import config as configuration
 from kagimori_agent.devices import device_class, doors
 from kagimori_agent.devices.tpm_places import Place, by_driver, read_event_log
+from kagimori_protocol import luks2_guard
 from kagimori_protocol.errors import ImageError, KagimoriError, NetworkError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kagimori_agent.config import Config, Verifier
+    from kagimori_agent.config import Config, Verifier, Volume
 
 KERNEL_OPTIONS: Final = {
     "CONFIG_TSM_REPORTS": ("6.7", "the report door, configfs-tsm"),
@@ -100,6 +101,8 @@ def examine(path: Path, root: Path = Path("/")) -> list[Finding]:
         look("vTPM", _tpm_name, config, root)
         look("event log", _event_log, config, root)
     look("cryptsetup", lambda: str(luks.cryptsetup()))
+    for volume in config.volumes:
+        look(f"volume {volume.name}", _keyslots, volume, root)
     for verifier in config.verifiers:
         look(f"name of verifier {verifier.name}", _resolve, verifier)
         look(f"verifier {verifier.name}", _reach, verifier)
@@ -196,6 +199,28 @@ def _tpm_name(config: Config, root: Path) -> str:
 
 def _event_log(config: Config, root: Path) -> str:
     return f"{len(read_event_log(_tpm(config, root).event_log, root))} bytes"
+
+
+def _keyslots(volume: Volume, root: Path) -> str:
+    """Tell a volume's keyslots by whether they are sealed; which of them the verifier has the key of, no header tells."""
+    device = luks.find_device(volume, root)
+    with keyslots.opened(device, alone=False) as disk:
+        header = disk.load().header
+    sealed = sorted(luks2_guard.tied(header), key=int)
+    if not sealed:
+        raise luks2_guard.unguarded()
+    others = sorted(set(header.json["keyslots"]) - set(sealed), key=int)
+    told = f"on {device}, {_numbered(sealed)} sealed" + (f", {_numbered(others)} not" if others else "")
+    if len(sealed) == 1:
+        return told
+    return (
+        f"{told}. The verifier has the key of one; the others are of recovery codes or other verifiers, or left by an "
+        f"enrolment that was cut off: `kagimori-agent enrol --undo --device {device} --slot N` removes such a one"
+    )
+
+
+def _numbered(slots: list[str]) -> str:
+    return f"keyslot {slots[0]} is" if len(slots) == 1 else f"keyslots {', '.join(slots)} are"
 
 
 def _resolve(verifier: Verifier) -> str:

@@ -103,6 +103,7 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and what a
             key = keys[target.volume.uuid]
             done.append(_add(target, key.unlock_key, key.header_epoch, backups))
             say(f"{target.volume.name}: keyslot {done[-1].change.slot} added, and proved to open")
+            _tell_others(done[-1], say)
         added = add_to_config(path, config, [target.volume for target in targets])
     except KagimoriError:
         answered = answered.without_payload()
@@ -268,6 +269,15 @@ def _add(target: Target, key: bytes, epoch: int, backups: Path) -> _Done:
         kept = _backup(backups, target.volume.uuid)
         disk.write(change, kept)
     return _Done(target, change, kept)
+
+
+def _tell_others(one: _Done, say: Callable[[str], None]) -> None:
+    """Name sealed keyslots that were there before. Whose they are, no header tells, so nothing removes them by itself."""
+    for slot in keyslots.ours(one.change.before):
+        say(
+            f"{one.target.volume.name}: keyslot {slot} is sealed, too. Unless it is a recovery code's or another verifier's, an "
+            f"enrolment that was cut off has left it: `kagimori-agent enrol --undo --device {one.target.device} --slot {slot}`"
+        )
 
 
 def _take_back(done: Sequence[_Done], backups: Path, say: Callable[[str], None]) -> None:

@@ -83,8 +83,8 @@ class Disk:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Disk]:
-    """Open a device or image, and keep other programs' cryptsetup from it as long. Raises DiskError."""
+def opened(path: Path, *, alone: bool = True) -> Iterator[Disk]:
+    """Open a device or image, and keep other programs' cryptsetup from it as long, unless only to look. Raises DiskError."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -93,7 +93,8 @@ def opened(path: Path) -> Iterator[Disk]:
         if not stat.S_ISBLK(mode := os.fstat(file).st_mode) and not stat.S_ISREG(mode):
             raise _failed(path, "opened", OSError(0, "it is neither a device nor a file"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if alone:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DiskError(
                 f"{path} is being worked on.",

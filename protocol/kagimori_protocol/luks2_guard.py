@@ -96,7 +96,7 @@ def authenticate(header: LuksHeader, key: bytes | memoryview, epoch: int) -> Gua
     """
     tokens = tied(header)
     if not tokens:
-        raise refusal("luks.unguarded", f"a token of type {TOKEN_TYPE}", "none", _TODO_RESEAL)
+        raise unguarded()
     derived = header_key(key)
     ours = [
         (int(token["epoch"]), slot)
@@ -127,6 +127,11 @@ def authenticate(header: LuksHeader, key: bytes | memoryview, epoch: int) -> Gua
         alone(header, slot),
         keyslots_end(header),
     )
+
+
+def unguarded() -> DiskError:
+    """Give the error for a header without any token."""
+    return refusal("luks.unguarded", f"a token of type {TOKEN_TYPE}", "none", _TODO_RESEAL)
 
 
 def seal(header: LuksHeader, slot: str, key: bytes | memoryview, epoch: int) -> dict[str, Any]:

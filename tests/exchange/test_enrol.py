@@ -254,7 +254,10 @@ def test_an_agent_that_is_killed_at_a_write_leaves_a_volume_that_opens_and_can_b
         assert done.returncode == -9, done.stderr.decode()
         assert opens(volume.device, PASSPHRASE)
         assert installed.states() == {volume.uuid: "staged"}
-        assert installed.enrol(toml, installed.code()).confirmed
+        told: list[str] = []
+        assert installed.enrol(toml, installed.code(), say=told.append).confirmed
+    left = f"--device {volume.device} --slot 1`"
+    assert any(left in line for line in told) == (writes > 1), told
     assert opens(volume.device, PASSPHRASE)
     with installed.booted(*installed.volumes) as (_, toml):
         assert len(unlock(config.load(toml), quiet, prove=True).volumes) == 2

@@ -14,7 +14,9 @@ from typing import Protocol
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from kagimori_agent import keyslots
 from kagimori_agent.doctor import Finding, examine
+from kagimori_simulator import disk
 from kagimori_simulator.amd import AmdRoot
 from kagimori_simulator.configfs import ConfigfsTsm
 from kagimori_simulator.machine import SnpMachine
@@ -93,6 +95,31 @@ def test_a_machine_with_everything_has_nothing_to_complain_of(machine: Machine, 
     findings = examine(agent_toml(root, f"http://127.0.0.1:{listener}"), root)
     assert bad(findings) == {}
     assert all(finding.exit_code == 0 for finding in findings)
+
+
+@pytest.mark.slow  # cryptsetup
+def test_the_keyslots_of_a_volume_are_told_with_those_that_may_be_nobodys(
+    machine: Machine, listener: int, tmp_path: Path
+) -> None:
+    """An enrolment that was cut off leaves a keyslot behind, which opens by a key that nobody asks for any more."""
+    root, image, key = machine(), tmp_path / "volume.img", bytes(range(32))
+    uuid = disk.make_volume(image, b"a passphrase")
+    path = agent_toml(root, f"http://127.0.0.1:{listener}")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f'[[volumes]]\nuuid = "{uuid}"\nname = "cryptroot"\ndevice = "{image}"\n')
+    assert bad(examine(path, root)) == {"volume cryptroot": "luks.unguarded"}
+    for number, told in enumerate(("keyslot 1 is sealed", "keyslots 1, 2 are sealed")):
+        with keyslots.opened(image) as one:
+            change = keyslots.add(one.load(), b"a passphrase", key[number:] + key[:number], 1)
+            one.write(change, tmp_path / f"kept-{number}")
+        findings = examine(path, root)
+        assert bad(findings) == {}
+        (found,) = [finding.fine for finding in findings if finding.subject == "volume cryptroot"]
+        assert told in found
+        assert "keyslot 0 is not" in found
+        assert ("enrol --undo" in found) == (number == 1)
+    image.write_bytes(bytes(1 << 20))
+    assert bad(examine(path, root)) == {"volume cryptroot": "luks.other-volume"}
 
 
 def test_a_configuration_that_cannot_be_read_is_the_only_finding(tmp_path: Path) -> None:
