@@ -22,8 +22,12 @@ _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 
 ENCRYPTIONS: Final = frozenset({"aes-xts-plain64"})
 """What cryptsetup of Debian, Ubuntu and Fedora makes by default; the only cipher for data and for keyslots."""
-VOLUME_KEY_SIZE: Final = 64
+KEY_SIZE: Final = 64
 """Bytes of an AES-256-XTS key, the default of the same."""
+INTEGRITY: Final = {"type": "hmac(sha256)", "journal_encryption": "none", "journal_integrity": "none"}
+"""What `--integrity hmac-sha256` writes, the only integrity beside none. AEAD ciphers are refused: ADR 10."""
+INTEGRITY_KEY_SIZE: Final = 32
+"""Bytes of the MAC's key, which stands behind the cipher's in the volume key."""
 SECTOR_SIZES: Final = frozenset({512, 4096})
 HASHES: Final = frozenset({"sha256", "sha512"})
 KDFS: Final = {
@@ -39,9 +43,8 @@ MIN_ITERATIONS: Final = 1000
 MAX_COST: Final = (1 << 32) - 1
 MAX_KEYSLOTS: Final = 32
 STRIPES: Final = 4000
-MIN_AREA: Final = VOLUME_KEY_SIZE * STRIPES
 MAX_AREA: Final = 1 << 20
-"""Bytes of a keyslot's area: at least the split volume key, and cryptsetup rounds that up to 4096."""
+"""Bytes of a keyslot's area. At least it is the split volume key, and cryptsetup rounds that up to 4096."""
 MAX_KEYSLOTS_SIZE: Final = 32 << 20
 """Bytes of all keyslots' areas together: twice what cryptsetup takes by default."""
 SECTOR: Final = 512
@@ -64,11 +67,21 @@ def check(header: LuksHeader, device_size: int) -> LuksHeader:
     for name, keyslot in keyslots.items():
         if not _DECIMAL.fullmatch(name) or int(name) >= MAX_KEYSLOTS:
             raise refusal("luks.keyslots", f"keyslots 0 to {MAX_KEYSLOTS - 1}", shown(name))
-        _check_keyslot(f"keyslot {name}", keyslot)
+        _check_keyslot(f"keyslot {name}", keyslot, volume_key_size(header))
     _check_places(header, keyslots, segment_at)
     _check_tokens(keyslots, top["tokens"])
     _check_digest(keyslots, require_object(top["digests"], "digests"))
     return header
+
+
+def has_integrity(header: LuksHeader) -> bool:
+    """Tell whether the data of a volume whose segment ``check`` has seen is authenticated sector by sector."""
+    return "integrity" in header.json["segments"]["0"]
+
+
+def volume_key_size(header: LuksHeader) -> int:
+    """Give the bytes of the volume key that a segment which ``check`` has seen takes: no more, no fewer."""
+    return KEY_SIZE + (INTEGRITY_KEY_SIZE if has_integrity(header) else 0)
 
 
 def area_of(keyslot: dict[str, Any]) -> tuple[int, int]:
@@ -102,10 +115,20 @@ def _check_segment(header: LuksHeader, segments: dict[str, Any], device_size: in
         raise refusal("luks.segments", "exactly one segment, 0", shown(list(segments)))
     segment = require_object(segments["0"], "segment 0")
     _equal("segment 0: type", segment.get("type"), "crypt")
-    for name in ("integrity", "flags"):
-        if name in segment:
-            raise refusal(f"luks.segment-{name}", f"a segment without {name}", shown(segment[name]))
-    _members(segment, "segment 0", {"type", "offset", "size", "iv_tweak", "encryption", "sector_size"})
+    if "flags" in segment:
+        raise refusal("luks.segment-flags", "a segment without flags", shown(segment["flags"]))
+    if segment.get("integrity", INTEGRITY) != INTEGRITY:
+        raise refusal(
+            "luks.segment-integrity",
+            "a segment without integrity, or with that of `cryptsetup luksFormat --integrity hmac-sha256`",
+            shown(segment["integrity"]),
+        )
+    _members(
+        segment,
+        "segment 0",
+        {"type", "offset", "size", "iv_tweak", "encryption", "sector_size"},
+        {"integrity"},
+    )
     _allowed_cipher("segment 0", segment["encryption"])
     offset = _decimal("segment 0: offset", segment["offset"])
     if offset < 2 * header.size:
@@ -126,9 +149,10 @@ def _check_places(header: LuksHeader, keyslots: dict[str, Any], segment_at: int)
             "luks.area", f"keyslots that end before the segment, at {segment_at}", f"an end at {end}"
         )
     free_from = 2 * header.size
+    least = volume_key_size(header) * STRIPES
     for offset, size in sorted(area_of(keyslot) for keyslot in keyslots.values()):
-        if not MIN_AREA <= size <= MAX_AREA:
-            raise refusal("luks.area", f"a keyslot's area of {MIN_AREA} to {MAX_AREA} bytes", f"{size} bytes")
+        if not least <= size <= MAX_AREA:
+            raise refusal("luks.area", f"a keyslot's area of {least} to {MAX_AREA} bytes", f"{size} bytes")
         if offset < free_from or offset + size > end:
             raise refusal(
                 "luks.area",
@@ -172,16 +196,16 @@ def _check_tokens(keyslots: dict[str, Any], value: object) -> None:
         raise refusal("luks.tokens", "at most one token for a keyslot", f"tokens for {shown(sorted(tied))}")
 
 
-def _check_keyslot(name: str, value: object) -> None:
+def _check_keyslot(name: str, value: object, key_size: int) -> None:
     keyslot = require_object(value, name)
     _equal(f"{name}: type", keyslot.get("type"), "luks2")
     _members(keyslot, name, {"type", "key_size", "af", "area", "kdf"}, {"priority"})
-    _equal(f"{name}: key_size", keyslot["key_size"], VOLUME_KEY_SIZE)
+    _equal(f"{name}: key_size", keyslot["key_size"], key_size)
     _one_of(f"{name}: priority", keyslot.get("priority", 1), frozenset({0, 1, 2}))
     area = _members(keyslot["area"], f"{name}: area", {"type", "offset", "size", "encryption", "key_size"})
     _equal(f"{name}: area.type", area["type"], "raw")
     _allowed_cipher(name, area["encryption"])
-    _equal(f"{name}: area.key_size", area["key_size"], VOLUME_KEY_SIZE)
+    _equal(f"{name}: area.key_size", area["key_size"], KEY_SIZE)
     _decimal(f"{name}: area.offset", area["offset"])
     _decimal(f"{name}: area.size", area["size"])
     af = _members(keyslot["af"], f"{name}: af", {"type", "stripes", "hash"})

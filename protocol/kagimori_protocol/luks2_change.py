@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kagimori_protocol import luks2_guard
 from kagimori_protocol.errors import DiskError
-from kagimori_protocol.luks2_allowed import ENCRYPTIONS, area_of, check, keyslots_end
+from kagimori_protocol.luks2_allowed import ENCRYPTIONS, area_of, check, has_integrity, keyslots_end
 from kagimori_protocol.luks2_layout import LuksHeader, build, copies
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def add_key(  # noqa: PLR0913 - the header, who works on it, by what, for what
 
     Raises DiskError; nothing was written then.
     """
-    words = ("luksAddKey", "--batch-mode", *FAST, *_CIPHER, "--key-file", "-")
+    # With integrity cryptsetup takes no cipher for a keyslot, and uses its default, which is the same.
+    cipher = () if has_integrity(image.header) else _CIPHER
+    words = ("luksAddKey", "--batch-mode", *FAST, *cipher, "--key-file", "-")
     code, meaning, raw = cryptsetup(
         [*words, "--new-keyfile-size", str(len(key)), "--", HEADER, NEW_KEY],
         size=len(image.raw),

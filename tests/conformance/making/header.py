@@ -67,6 +67,14 @@ HEADER: Final[Json] = {
 """A volume whose passphrase opens keyslot 0; keyslot 1 is for an unlock key."""
 
 
+INTEGRITY: Final[Json] = {
+    "type": "hmac(sha256)",
+    "journal_encryption": "none",
+    "journal_integrity": "none",
+}
+"""What `cryptsetup luksFormat --integrity hmac-sha256` writes into the segment."""
+
+
 def reduced(header: Json, slot: str) -> Json:
     """Give what opening by one keyslot uses."""
     keyslot = dict(header["keyslots"][slot])
@@ -134,6 +142,11 @@ def vectors() -> Iterator[Vector]:
             _without(sealed(HEADER, "1", UNLOCK_KEY), "0"),
             1,
         ),
+        "integrity": (
+            "A volume that its owner formatted with integrity: the volume key is of both keys.",
+            sealed(_with_integrity(), "1", UNLOCK_KEY),
+            1,
+        ),
         "empty-flags": (
             "Empty flags and requirements say nothing.",
             _config(sealed(HEADER, "1", UNLOCK_KEY), flags=[], requirements={}),
@@ -177,6 +190,21 @@ def _refused() -> Iterator[Vector]:
             "luks.mac",
         ),
         "offset": ("So is where it begins.", _merged(good, "segments", offset="16781312"), "luks.mac"),
+        "integrity-taken-away": (
+            "And that a volume has integrity.",
+            _without_integrity(sealed(_with_integrity(), "1", UNLOCK_KEY)),
+            "luks.mac",
+        ),
+        "integrity-key-size": (
+            "A volume key without the integrity's key.",
+            _merged(good, "segments", integrity=INTEGRITY),
+            "luks.value",
+        ),
+        "integrity-other": (
+            "No integrity but one.",
+            _merged(good, "segments", integrity={**INTEGRITY, "type": "hmac(sha512)"}),
+            "luks.segment-integrity",
+        ),
         "digest": ("And the digest.", _merged(good, "digests", digest=SALT), "luks.mac"),
         "digest-length": (
             "A digest is as long as its hash.",
@@ -234,6 +262,22 @@ def _changed(part: str, **changes: object) -> Json:
 def _merged(header: Json, part: str, **changes: object) -> Json:
     made = copy.deepcopy(header)
     made[part]["0"].update(changes)
+    return made
+
+
+def _with_integrity() -> Json:
+    made = _merged(HEADER, "segments", integrity=INTEGRITY)
+    for number, keyslot in enumerate(made["keyslots"].values()):
+        keyslot["key_size"] = 64 + 32
+        keyslot["area"] |= {"offset": str(32768 + number * 385024), "size": "385024"}
+    return made
+
+
+def _without_integrity(header: Json) -> Json:
+    made = copy.deepcopy(header)
+    del made["segments"]["0"]["integrity"]
+    for keyslot in made["keyslots"].values():
+        keyslot["key_size"] = 64
     return made
 
 

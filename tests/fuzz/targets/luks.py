@@ -16,6 +16,7 @@ from tests.fuzz import workshop
 from tests.fuzz.bounds import BOUNDS
 from tests.fuzz.mutators import documents, parts
 from tests.fuzz.target import Mutate, Target
+from tests.unit.luks import with_integrity
 from tests.unit.luks.headers import (
     DEVICE_SIZE,
     KEY,
@@ -108,10 +109,12 @@ def check_allowed(read: LuksHeader, whole: bytes) -> None:
     assert all(token["type"] == "kagimori-header" for token in document["tokens"].values())
     assert not document["config"].get("flags")
     assert not document["config"].get("requirements")
+    assert segment.get("integrity", with_integrity.INTEGRITY) == with_integrity.INTEGRITY
     for keyslot in document["keyslots"].values():
         assert keyslot["type"] == "luks2"
         assert keyslot["area"]["encryption"] == "aes-xts-plain64"
-        assert keyslot["key_size"] == keyslot["area"]["key_size"] == 64
+        assert keyslot["area"]["key_size"] == 64
+        assert keyslot["key_size"] == (96 if "integrity" in segment else 64)
     assert sorted(document["digests"]["0"]["keyslots"]) == sorted(document["keyslots"])
 
 
@@ -134,6 +137,7 @@ def seeds() -> Iterator[bytes]:
     }
     second["digests"]["0"]["keyslots"] = ["0", "1"]
     yield bytes([AREA]) + json.dumps(second).encode()
+    yield bytes([AREA]) + json.dumps(with_integrity.document()).encode()
 
 
 def worst() -> Iterator[tuple[str, bytes]]:

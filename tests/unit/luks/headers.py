@@ -90,9 +90,11 @@ def one_copy(
     return copy
 
 
-def header(text: bytes, size: int = SIZE) -> bytes:
+def header(text: bytes, size: int = SIZE, uuid: bytes = UUID.encode()) -> bytes:
     """Make both copies of a header around a JSON area."""
-    return b"".join(summed(one_copy(text, secondary=secondary, size=size)) for secondary in (False, True))
+    return b"".join(
+        summed(one_copy(text, secondary=secondary, size=size, uuid=uuid)) for secondary in (False, True)
+    )
 
 
 def edited(edit: Callable[[Json], object]) -> Json:

@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.conformance.making.header import Json
+from tests.unit.luks import with_integrity
 from tests.unit.luks.headers import (
     DEVICE_SIZE,
     HONEST,
@@ -107,15 +108,17 @@ def _places(value: object) -> list[tuple[Any, Any]]:
 @given(st.data())
 def test_any_value_in_any_place_of_the_json_is_refused_or_harmless(data: st.DataObject) -> None:
     """A value of another type must not become a TypeError in the guard that looks at it."""
-    document: Json = json.loads(json.dumps(HONEST))
+    honest = data.draw(st.sampled_from([HONEST, with_integrity.document()]))
+    document: Json = json.loads(json.dumps(honest))
     holder, name = data.draw(st.sampled_from(_places(document)))
     holder[name] = data.draw(_VALUES)
     try:
         judged(header(json.dumps(document).encode())[:SIZE])
     except DiskError:
         return
-    assert document["segments"] == HONEST["segments"] | {"0": document["segments"]["0"]}
+    assert document["segments"] == honest["segments"] | {"0": document["segments"]["0"]}
     assert document["segments"]["0"]["encryption"] == "aes-xts-plain64"
+    assert document["segments"]["0"].get("integrity") == honest["segments"]["0"].get("integrity")
     assert document["keyslots"]["0"]["area"]["encryption"] == "aes-xts-plain64"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.unit.root.sysfs import Kernel
 
+from kagimori_agent import opened
 from kagimori_agent.config import Config
 from kagimori_agent.root_check import BtrfsInfo, Checked, check
 from kagimori_protocol.errors import DiskError, ImageError, KagimoriError
@@ -401,3 +402,19 @@ def test_kernel_lists_that_are_missing_or_strange_are_no_yes(honest: Kernel, con
     refused(config, honest, code="root.mounts")
     with pytest.raises(ImageError):
         checked(config, honest)
+
+
+@pytest.mark.parametrize("lower_first", [True, False])
+def test_a_root_with_integrity_passes_and_one_on_the_mapping_below_it_does_not(
+    kernel: Kernel, config: Config, lower_first: bool
+) -> None:
+    """The lower mapping shows what the host has written; only the upper has its key, and is what the agent opened."""
+    lower, upper = ("dm-0", "dm-1") if lower_first else ("dm-1", "dm-0")
+    kernel.upon(lower, [kernel.disk("vda")], "cryptroot_dif", "CRYPT-INTEGRITY-cryptroot_dif")
+    kernel.opened(upper, lower)
+    opened.begin(kernel.root)
+    opened.remember(config.volumes[0], kernel.root)
+    kernel.mount("/sysroot", "/dev/mapper/cryptroot", number=kernel.number(upper))
+    assert checked(config, kernel).mappings == ("cryptroot",)
+    kernel.mount("/sysroot/usr", "/dev/mapper/cryptroot_dif", number=kernel.number(lower))
+    assert f"{lower} (cryptroot_dif) on vda: a disk that the agent has not opened" in refused(config, kernel)
