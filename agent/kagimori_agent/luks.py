@@ -9,7 +9,8 @@ cryptsetup's choices that matter:
   mapping's table holds a key's name, and `dmsetup table --showkeys` does not show the key. So no --disable-keyring.
 - Tokens in a header are the host's words, and cryptsetup tries them before the key that it is given. The header in memory
   has none; --disable-external-tokens keeps it from loading libraries for them even so.
-- Discards stay off, unless crypttab wants them: they tell the host which blocks are free.
+- Discards stay off, unless crypttab wants them: they tell the host which blocks are free. A volume with integrity takes
+  none, and cryptsetup refuses to map one with them: there crypttab's word is passed over, and the console told so.
 
 Import budget: ``subprocess``, ``selectors``, that of ``luks_header`` and that of ``config`` (loaded anyway).
 """
@@ -28,6 +29,7 @@ from typing import IO, Final
 from kagimori_agent.config import Volume
 from kagimori_agent.luks_header import claimed, guarded
 from kagimori_protocol.errors import DiskError, ImageError, KagimoriError, UsageError
+from kagimori_protocol.luks2_allowed import has_integrity
 from kagimori_protocol.luks2_guard import KEY_SIZE
 
 DIRECTORIES: Final = (Path("/usr/sbin"), Path("/sbin"), Path("/usr/bin"), Path("/bin"))
@@ -37,6 +39,7 @@ MAX_STDERR: Final = 2048
 """Bytes of cryptsetup's messages that are kept; the rest is read and dropped."""
 ROOT: Final = Path("/")
 
+_DISCARDS: Final = "--allow-discards"
 _POLL_S: Final = 0.2
 """Seconds between two looks for a device that is not there yet."""
 _REAP_S: Final = 5.0
@@ -151,6 +154,11 @@ def open_volume(  # noqa: PLR0913 - what, by what, and what a caller may want ot
     with guarded(device, volume.uuid, key, header_epoch) as (found, memory):
         for note in found.notes:
             say(f"{volume.name}: {note}")
+        if has_integrity(found.header) and _DISCARDS in flags:
+            say(
+                f"{volume.name}: crypttab's discard is passed over: a volume with integrity takes no discards"
+            )
+            flags = [flag for flag in flags if flag != _DISCARDS]
         arguments = [
             str(cryptsetup()),
             "open",

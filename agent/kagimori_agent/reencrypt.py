@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kagimori_agent import keyslots
 from kagimori_agent.luks import cryptsetup
 from kagimori_protocol.errors import DiskError, OperatorError
-from kagimori_protocol.luks2_allowed import VOLUME_KEY_SIZE
+from kagimori_protocol.luks2_allowed import KEY_SIZE, has_integrity
 from kagimori_protocol.luks2_layout import LuksHeader, build, copies
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def renew(
     A reencryption that an earlier run had begun is ended first. Raises OperatorError "enrol.resumed" then, as nobody knows
     its volume key, and DiskError.
     """
+    for _, device in volumes:
+        require_possible(device)
     secrets = {volume.uuid: secret(volume, device) for volume, device in volumes}
     if begun := [volume for volume, device in volumes if end_begun(device, secrets[volume.uuid], say)]:
         raise OperatorError(
@@ -69,9 +71,10 @@ def reencrypt(device: Path, passphrase: bytes, say: Callable[[str], None]) -> by
 
     The passphrase opens the volume then, too.
     """
+    require_possible(device)
     _tidy(device)
     slot = _slot(device, passphrase)
-    key = os.urandom(VOLUME_KEY_SIZE)
+    key = os.urandom(KEY_SIZE)
     reader, writer = os.pipe()
     try:
         os.write(writer, key)  # so few bytes fit any pipe
@@ -119,7 +122,7 @@ def _new_key_option() -> tuple[str, ...]:
     """Name the option by which this cryptsetup takes the key that a volume gets."""
     known = keyslots.call([str(cryptsetup()), "--help"], b"").stdout
     if NEW_KEY_SINCE_2_8.encode() in known:
-        return "--new-key-size", str(8 * VOLUME_KEY_SIZE), NEW_KEY_SINCE_2_8
+        return "--new-key-size", str(8 * KEY_SIZE), NEW_KEY_SINCE_2_8
     return (NEW_KEY_BEFORE,)
 
 
@@ -159,6 +162,24 @@ def _newest(disk: keyslots.Disk) -> Mapping[str, Any]:
     """Give the JSON of the newest copy of a header, of which nothing is verified; empty where there is none."""
     found = [copy for copy in copies(disk.read) if isinstance(copy, LuksHeader)]
     return max(found, key=lambda one: one.seqid).json if found else {}
+
+
+def require_possible(device: Path) -> None:
+    """Raise DiskError for a volume with integrity, which cryptsetup cannot reencrypt; nothing was changed then."""
+    with keyslots.opened(device) as disk:
+        try:
+            image = disk.load()
+        except DiskError:
+            return  # what is wrong with it is told where it is opened, or mended
+    if has_integrity(image.header):
+        raise DiskError(
+            f"{device} cannot be reencrypted: it has integrity.",
+            code="enrol.reencrypt",
+            expected="a volume without integrity, as cryptsetup reencrypts no other",
+            found="`integrity` in the header's segment",
+            todo="Enrol it without --reencrypt, and format it where the host cannot know the volume key: on your own "
+            "machine, or in a VM that was attested, with the data copied over. Nothing was changed.",
+        )
 
 
 def renumber(device: Path) -> None:

@@ -15,6 +15,7 @@ from tests.unit.luks.attacker import Host
 from tests.unit.luks.headers import SIZE, config, edited, header, judged, segment
 from tests.unit.luks.with_integrity import AREA, INTEGRITY, document
 
+from kagimori_agent.reencrypt import reencrypt
 from kagimori_protocol import luks2_change
 from kagimori_protocol.errors import DiskError
 from kagimori_protocol.luks2_allowed import has_integrity, volume_key_size
@@ -228,6 +229,23 @@ def test_a_host_that_claims_integrity_for_a_volume_without_opens_nothing(
     vault.refused(lambda: vault.prove(image), "luks.mac")
 
 
+def test_crypttabs_discard_is_passed_over_and_told(
+    root: Path, disk: Path, instead: Callable[[str], Path], vault: Vault
+) -> None:
+    """Cryptsetup refuses to map such a volume with discards, and the boot would end for an option that was never of use."""
+    dm = root / "sys/class/block/dm-0/dm"
+    said = disk.parent / "arguments"
+    instead(
+        f'echo "$@" > {said}; mkdir -p {dm}; echo cryptroot > {dm}/name; echo {vault.mapping_uuid} > {dm}/uuid; cat >/dev/null'
+    )
+    flags = ["--allow-discards", "--perf-no_read_workqueue"]
+    assert vault.open(disk, root, flags=flags) == "mapped"
+    assert said.read_text().split()[-3:] == ["--perf-no_read_workqueue", str(disk), "cryptroot"]
+    assert "--allow-discards" not in said.read_text()
+    (told,) = vault.said
+    assert "crypttab's discard is passed over" in told
+
+
 def test_the_mapping_below_is_not_taken_for_the_volumes(
     root: Path, disk: Path, instead: Callable[[str], Path], vault: Vault
 ) -> None:
@@ -253,3 +271,14 @@ def test_both_mappings_are_the_volume_opened(
         f" echo {vault.mapping_uuid} > {block}/dm-1/dm/uuid; cat >/dev/null"
     )
     assert vault.open(disk, root) == "mapped"
+
+
+def test_a_reencryption_is_refused_by_name_before_anything_is_done(plain: Path) -> None:
+    """Cryptsetup cannot do it; the header stays as it was, and no passphrase was tried."""
+    before = plain.read_bytes()
+    with pytest.raises(DiskError) as caught:
+        reencrypt(plain, b"not even right", lambda _: None)
+    assert caught.value.code == "enrol.reencrypt"
+    assert "integrity" in str(caught.value)
+    assert "without --reencrypt" in str(caught.value.todo)
+    assert plain.read_bytes() == before
