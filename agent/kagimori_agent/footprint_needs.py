@@ -68,7 +68,13 @@ DISK: Final = Needs(
     drivers=(
         Driver(("dm_mod",), "required", "device-mapper"),
         Driver(("dm_crypt",), "required", "the mapping of an encrypted volume"),
+        # For a volume that its owner formatted with integrity alone, so that a kernel may be without them.
         Driver(("dm_integrity",), "hardware", "volumes with integrity protection"),
+        Driver(("authenc",), "hardware", "cipher and MAC of the same volumes, in one"),
+        Driver(("hmac",), "hardware", "their MAC"),
+        # Linux has SHA-256 as sha256_generic until it moved into the crypto library.
+        Driver(("sha256_generic", "sha256"), "hardware", "their MAC's hash"),
+        Driver(("sha256_ssse3",), "hardware", "SHA-256 by the processor's own instructions"),
         Driver(("xts",), "required", "the mode of LUKS2 volumes, aes-xts"),
         Driver(("ecb",), "hardware", "what xts is made of, where no driver has it in one piece"),
         # Linux has AES as aes_generic until it moved into the crypto library.
