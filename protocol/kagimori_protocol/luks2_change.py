@@ -140,7 +140,7 @@ def add_key(  # noqa: PLR0913 - the header, who works on it, by what, for what
     code, meaning, raw = cryptsetup(
         [*words, "--new-keyfile-size", str(len(key)), "--", HEADER, NEW_KEY],
         size=len(image.raw),
-        pieces=((0, image.raw),),
+        pieces=_judged(image),
         stdin=passphrase,
         new_key=key,
     )
@@ -221,7 +221,7 @@ def has_volume_key(image: Image, cryptsetup: Cryptsetup, volume_key: bytes | mem
             *("--volume-key-file", NEW_KEY, HEADER),
         ],
         size=len(image.raw),
-        pieces=((0, image.raw),),
+        pieces=_judged(image),
         stdin=b"",
         new_key=volume_key,
     )
@@ -283,6 +283,15 @@ def _sealed(  # noqa: PLR0913 - as above, and what was done so far
     after = _built(image, document, work.raw, salts)
     prove(after, cryptsetup, key, epoch)
     return Change(image, after, slot, (*_areas(image, after.raw), *_copies(image, after.raw)))
+
+
+def _judged(image: Image) -> Pieces:
+    """Give what cryptsetup gets: twice the copy that ``load`` has judged, and the areas of keyslots.
+
+    Of the device's two copies it would choose by a parser of its own, and the other may be the host's.
+    """
+    header = build(image.header, (b"", b""))
+    return (0, header), (len(header), image.raw[len(header) :])
 
 
 def _built(before: Image, document: dict[str, Any], raw: bytes, salts: Salts) -> Image:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from tests import volumes
+from tests.conformance.making.header import Json
+from tests.unit.luks.attacker import Host
 
 from kagimori_protocol import luks2_change, luks2_guard
 from kagimori_protocol.errors import DiskError
@@ -202,3 +204,37 @@ def test_a_wrong_passphrase_adds_nothing(disk: Path) -> None:
     with pytest.raises(DiskError) as caught:
         luks2_change.reseal(loaded(disk), luks_enrol.cryptsetup, key=NEW, epoch=1, salts=_salts())
     assert caught.value.code == "volume.prove"
+
+
+def a_digest_too_short(document: Json) -> None:
+    """Say what is no digest."""
+    document["digests"]["0"]["digest"] = ""
+
+
+def a_flag_that_stays(document: Json) -> None:
+    """Say what is not allowed, and what cryptsetup takes."""
+    document["config"]["flags"] = ["allow-discards"]
+
+
+def test_cryptsetup_is_asked_about_the_copy_that_was_judged_and_not_about_the_hosts_newer_one(
+    disk: Path,
+) -> None:
+    """It chooses by its own parser, which takes copies that are refused here."""
+    Host(disk).forge(a_digest_too_short, copies=(0,), newer=1)
+    image = loaded(disk)
+    assert image.header.which == "secondary"
+    assert not luks2_change.has_volume_key(image, luks_enrol.cryptsetup, bytes(64))
+
+
+@pytest.mark.parametrize("edit", [a_digest_too_short, a_flag_that_stays])
+def test_a_key_is_added_to_the_copy_that_was_judged_and_not_to_the_hosts_newer_one(
+    disk: Path, edit: Callable[[Json], None]
+) -> None:
+    """The forged copy is written over, as after any crash that has left one copy whole."""
+    Host(disk).forge(edit, copies=(0,), newer=1)
+    change = _add(loaded(disk))
+    assert change.after.header.json["config"] == change.before.header.json["config"]
+    with luks_enrol.opened(disk) as opened:
+        opened.write(change)
+    assert opening(disk, change.after.header.uuid) == {OLD, NEW}
+    assert Host(disk).copy(0).json == Host(disk).copy(16384).json
