@@ -3,18 +3,18 @@
 What changes is the header on the device, below a mapping that may well be in use: the data is not touched. The header as it
 was goes to a file first, and cut off after any write, the volume opens by what opened it before.
 
-Import budget: the standard library, ``luks``, and that of ``luks2_change``.
+Import budget: the standard library, ``luks``, ``device_lock``, and that of ``luks2_change``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 import subprocess
 from typing import TYPE_CHECKING, Final
 
+from kagimori_agent import device_lock
 from kagimori_agent.luks import ENVIRONMENT, cryptsetup
 from kagimori_protocol import luks2_change, luks2_guard
 from kagimori_protocol.errors import DiskError, ImageError, OperatorError
@@ -92,18 +92,8 @@ def opened(path: Path, *, alone: bool = True) -> Iterator[Disk]:
     try:
         if not stat.S_ISBLK(mode := os.fstat(file).st_mode) and not stat.S_ISREG(mode):
             raise _failed(path, "opened", OSError(0, "it is neither a device nor a file"))
-        try:
-            if alone:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DiskError(
-                f"{path} is being worked on.",
-                code="enrol.busy",
-                expected="a device that nothing else changes",
-                found=str(error.strerror),
-                todo="Wait until the other program (cryptsetup, another enrolment) has ended.",
-            ) from error
-        yield Disk(path, file)
+        with device_lock.held(path, file) if alone else contextlib.nullcontext():
+            yield Disk(path, file)
     finally:
         os.close(file)
 
