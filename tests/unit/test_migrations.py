@@ -117,7 +117,7 @@ def test_a_database_of_the_first_release_is_upgraded_and_kept_as_it_was(path: Pa
     with pytest.raises(Conflict, match="append-only"), upgraded.write() as txn:
         txn.execute(text("DELETE FROM ledger"))
     upgraded.close()
-    assert (volume.wrapped, volume.origin) == (b"\xaa", "made")
+    assert (volume.wrapped, volume.origin, volume.epoch_given) == (b"\xaa", "made", 0)
     assert used is not None
     assert (used.session, used.verifier_key) == ("session", None)
     with closing(sqlite3.connect(tmp_path / "kept-0001")) as kept:

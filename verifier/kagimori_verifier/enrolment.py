@@ -116,8 +116,9 @@ def reseal_volume(  # noqa: PLR0913 - as above
 
     The host may show any header to have it sealed. So the very copy that is worked on has to be sealed by this key already,
     with the epoch that is expected or a later one; ``restored`` says that the owner has brought back an older one, ``changed``
-    that he has made the seal void. What was never sealed, by a release that did not, needs no word. Raises DiskError and
-    OperatorError; header and database are then as before, or the error says what is not.
+    that he has made the seal void. What was never sealed, by a release that did not, needs no word. An epoch is written down
+    before any header has it, and no other header gets it: a run that is cut off uses one up. Raises DiskError and
+    OperatorError; header and database are then as before but for that, or the error says what is not.
     """
     with store.read() as txn:
         row = _active(txn, vm_id, uuid)
@@ -147,7 +148,7 @@ def reseal_volume(  # noqa: PLR0913 - as above
                 found=f"epoch {sealed.epoch}",
                 todo="If you restored it from a backup yourself, say so by --restored.",
             )
-        epoch = max(row.header_epoch, sealed.epoch if sealed else 0) + 1
+        row, epoch = _next_epoch(store, row, sealed.epoch if sealed else 0)
         change = luks2_change.reseal(
             image, luks_enrol.cryptsetup, key=key, epoch=epoch, salts=luks_enrol.salts()
         )
@@ -158,14 +159,7 @@ def reseal_volume(  # noqa: PLR0913 - as above
             raise (_half_done(error, backup) if disk.touched else error) from error
     # The header first: one that is newer than expected opens, one that is older does not.
     with store.write() as txn:
-        if not any(one == row for one in vms.volumes(txn, vm_id)):
-            raise OperatorError(
-                f"Volume {uuid} was changed while its header was being sealed.",
-                code="volume.removed",
-                expected=f"volume {uuid} of {vm_id} as it was",
-                found="another, or none",
-                todo="Look at `kagimori-verifier volume list`, then run the command again.",
-            )
+        _require_same(txn, row)
         vms.set_header_epoch(txn, vm_id, uuid, row.version, epoch)
         body = {"uuid": uuid, "header_epoch": epoch, "restored": restored, "changed": changed}
         ledger.append(txn, at_s=at_s, event="volume-resealed", vm_id=vm_id, session=None, body=body)
@@ -194,6 +188,26 @@ def _active(txn: Txn, vm_id: str, uuid: str) -> VolumeRow:
         found="none",
         todo="`kagimori-verifier volume list` shows the volumes.",
     )
+
+
+def _next_epoch(store: Store, row: VolumeRow, sealed: int) -> tuple[VolumeRow, int]:
+    """Write down the epoch that the header of a volume gets next; ``sealed`` is the one that it has."""
+    epoch = max(row.header_epoch, row.epoch_given, sealed) + 1
+    with store.write() as txn:
+        _require_same(txn, row)
+        vms.set_epoch_given(txn, row.vm_id, row.uuid, row.version, epoch)
+    return replace(row, epoch_given=epoch), epoch
+
+
+def _require_same(txn: Txn, row: VolumeRow) -> None:
+    if not any(one == row for one in vms.volumes(txn, row.vm_id)):
+        raise OperatorError(
+            f"Volume {row.uuid} was changed while its header was being sealed.",
+            code="volume.removed",
+            expected=f"volume {row.uuid} of {row.vm_id} as it was",
+            found="another, or none",
+            todo="Look at `kagimori-verifier volume list`, then run the command again.",
+        )
 
 
 def _was_sealed(row: VolumeRow) -> bool:

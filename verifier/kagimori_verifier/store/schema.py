@@ -17,6 +17,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
+    text,
 )
 
 metadata: Final = MetaData()
@@ -88,6 +89,7 @@ volume: Final = Table(
     Column("label", Text, nullable=False),
     Column("created", BigInteger, nullable=False),
     Column("origin", Text, nullable=False, server_default="made"),
+    Column("epoch_given", Integer, nullable=False, server_default=text("0")),
     PrimaryKeyConstraint("vm_id", "uuid", "version"),
 )
 

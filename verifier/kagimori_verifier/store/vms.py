@@ -31,7 +31,8 @@ class VmRow:
 class VolumeRow:
     """A volume and its wrapped unlock key; ``state`` is adding, staged, waiting, active or removed.
 
-    ``origin`` is made (here), or recovery: the key of a recovery code, which lies on paper, too.
+    ``origin`` is made (here), or recovery: the key of a recovery code, which lies on paper, too. A header must be of
+    ``header_epoch`` at least; ``epoch_given`` is the newest that one may have been sealed with, and is written down before.
     """
 
     vm_id: str
@@ -43,6 +44,7 @@ class VolumeRow:
     label: str
     created: int
     origin: str = "made"
+    epoch_given: int = 0
 
 
 _GET: Final = Prepared(select(schema.vm).where(schema.vm.c.vm_id == bindparam("of")))
@@ -109,6 +111,13 @@ def set_header_epoch(txn: Txn, vm_id: str, uuid: str, version: int, epoch: int) 
     key = schema.volume.c
     where = (key.vm_id == vm_id, key.uuid == uuid, key.version == version)
     txn.execute(sa.update(schema.volume).where(*where).values(header_epoch=epoch))
+
+
+def set_epoch_given(txn: Txn, vm_id: str, uuid: str, version: int, epoch: int) -> None:
+    """Write down with which epoch a volume's header is about to be sealed."""
+    key = schema.volume.c
+    where = (key.vm_id == vm_id, key.uuid == uuid, key.version == version)
+    txn.execute(sa.update(schema.volume).where(*where).values(epoch_given=epoch))
 
 
 def remove_volume(txn: Txn, vm_id: str, uuid: str, version: int) -> bool:
