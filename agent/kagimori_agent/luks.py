@@ -70,6 +70,14 @@ _EXIT_CODES: Final = {
         "See `dmsetup ls --tree` for who holds it.",
     ),
 }
+_TODO_INTEGRITY: Final = (
+    "See that the kernel has dm-integrity and authenc (`modprobe -a dm-integrity authenc`), and what it says (`dmesg`). "
+    "If it has both, the host has changed or removed what dm-integrity keeps on the disk: restore that from a backup."
+)
+_INTEGRITY: Final = dict.fromkeys(
+    (1, 4), ("luks.integrity", "The volume's integrity cannot be set up.", _TODO_INTEGRITY)
+)
+"""What the same codes come from where the header is in order and says integrity; cryptsetup itself says little of it."""
 
 
 def has_device_mapper(root: Path = ROOT) -> bool:
@@ -172,7 +180,7 @@ def open_volume(  # noqa: PLR0913 - what, by what, and what a caller may want ot
         ]
         code, messages = _run(arguments, key, deadline, memory)
     if code != 0:
-        raise _failure(volume, code, messages)
+        raise _failure(volume, code, messages, integrity=has_integrity(found.header))
     if prove:
         return "proved"
     if not _is_active(volume, root):
@@ -361,8 +369,8 @@ def _drain(pipe: IO[bytes], deadline: float) -> bytes:
             kept = (kept + part)[:MAX_STDERR]
 
 
-def _failure(volume: Volume, code: int, messages: str) -> KagimoriError:
-    name, what, todo = _EXIT_CODES.get(
+def _failure(volume: Volume, code: int, messages: str, *, integrity: bool) -> KagimoriError:
+    name, what, todo = (_EXIT_CODES | (_INTEGRITY if integrity else {})).get(
         code, ("luks.cryptsetup", "cryptsetup failed.", "See the kernel's messages (`dmesg`).")
     )
     return DiskError(

@@ -246,6 +246,17 @@ def test_crypttabs_discard_is_passed_over_and_told(
     assert "crypttab's discard is passed over" in told
 
 
+@pytest.mark.parametrize("code", [1, 4])
+def test_a_disk_whose_integrity_cannot_be_set_up_is_told_as_such(
+    code: int, root: Path, disk: Path, instead: Callable[[str], Path], vault: Vault
+) -> None:
+    """Cryptsetup says nothing where the superblock is gone; "wrong parameters" would send the operator to the wrong place."""
+    instead(f"cat >/dev/null; exit {code}")
+    error = vault.refused(lambda: vault.open(disk, root), "luks.integrity")
+    assert "dm-integrity" in str(error.todo)
+    assert f"exit code {code}" in str(error.found)
+
+
 def test_the_mapping_below_is_not_taken_for_the_volumes(
     root: Path, disk: Path, instead: Callable[[str], Path], vault: Vault
 ) -> None:
