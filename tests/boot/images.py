@@ -264,15 +264,21 @@ def encrypted(tree: Path, to: Path, size: str) -> None:
     """Make ``disk.img`` of a tree: a file system of this size, encrypted in place without device-mapper."""
     image = to / "disk.img"
     make_ext4(tree, image, size)
+    encrypt(image)
+
+
+def encrypt(image: Path) -> None:
+    """Encrypt a file system in place, which makes its image larger by 32 MiB."""
     with image.open("r+b") as file:
         file.truncate(image.stat().st_size + (32 << 20))
-    (to / "passphrase").write_bytes(PASSPHRASE)
+    passphrase = image.with_name("passphrase")
+    passphrase.write_bytes(PASSPHRASE)
     fast = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
     run(
         [
             *("cryptsetup", "reencrypt", "-q", "--encrypt", "--type", "luks2", "--uuid", UUID),
             *("--reduce-device-size", "32M", "--resilience", "none", *fast),
-            *("--key-file", str(to / "passphrase"), str(image)),
+            *("--key-file", str(passphrase), str(image)),
         ]
     )
 
