@@ -132,7 +132,12 @@ def seeds() -> Iterator[bytes]:
     slots = second["keyslots"]
     slots["1"] = slots["0"] | {
         "priority": 2,
-        "kdf": {"type": "pbkdf2", "salt": "AA==", "hash": "sha512", "iterations": 1},
+        "kdf": {
+            "type": "pbkdf2",
+            "salt": slots["0"]["kdf"]["salt"],
+            "hash": "sha512",
+            "iterations": 1,
+        },
         "area": slots["0"]["area"] | {"offset": "290816"},
     }
     second["digests"]["0"]["keyslots"] = ["0", "1"]
