@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.desks import Desk
+from tests.desks import Desk, run
 
 from kagimori_simulator.amd import AmdRoot
 from kagimori_verifier.acting import User, acting_as
@@ -128,6 +128,24 @@ def test_a_backup_in_the_services_directory_is_the_services(
         desk.good("backup", file)
         assert (file.stat().st_uid, file.stat().st_mode & 0o777) == (owner, 0o600)
         assert [path.name for path in file.parent.glob(".*")] == []
+
+
+@pytest.mark.parametrize("named", ["backup", "../private/sub/backup", "../../state/backup"])
+def test_root_backs_up_and_restores_in_a_directory_that_the_service_cannot_pass(
+    desk: Desk, place: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """Such as its own home, by a name that begins there."""
+    (place / "private/sub").mkdir(mode=0o700, parents=True)
+    (place / "private").chmod(0o700)
+    monkeypatch.chdir(place / "private" if named.startswith("../private") else place / "private/sub")
+    config = os.path.relpath(desk.config)
+    made = run(desk.capsys, "--config", config, "backup", named)
+    assert made.code == 0, made.err
+    restored = run(
+        desk.capsys, "restore", named, "--kek", place / "kek", "--dir", os.path.relpath(place / "state/again")
+    )
+    assert restored.code == 0, restored.err
+    assert (place / "state/again").stat().st_uid == SERVICE.uid
 
 
 @pytest.mark.parametrize("waiting", ["new", "copy"])

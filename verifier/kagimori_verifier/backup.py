@@ -58,6 +58,8 @@ def make(  # noqa: PLR0913 - what is backed up, and whereto
     """
     if os.path.lexists(to):
         raise _exists(to)
+    # Where this process is, and what a name leads through from there, may be root's alone.
+    to, config = to.parent.resolve() / to.name, config.resolve()
     head = backup_format.make_head(kek, kek_id(kek), SCHEMA, at_s, passphrase)
     with store.read() as txn:
         ledger.verify(txn)

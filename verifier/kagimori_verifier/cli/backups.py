@@ -103,7 +103,7 @@ def _restore(options: argparse.Namespace, output: Output) -> int:
 
     try:
         with options.file.open("rb") as source:
-            made = restore.restore(source, options.dir.absolute(), kek_of, now_s())
+            made = restore.restore(source, options.dir.resolve(), kek_of, now_s())
     except OSError as error:
         raise UsageError(
             f"{options.file} cannot be read.",

@@ -85,11 +85,9 @@ def copy(source: Path, to: Path) -> None:
     """
     # SQLite opens by name what was made here: in a directory of another user's, who may have put a link there meanwhile, root
     # has that user's rights.
-    with (
-        acting_as(owner_of(source.parent)),
-        closing(connect(source)) as here,
-        acting_as(owner_of(to.parent)),
-    ):
+    # Whose they are is asked before: one of them may not look into what lies above the other's.
+    owner, maker = owner_of(source.parent), owner_of(to.parent)
+    with acting_as(owner), closing(connect(source)) as here, acting_as(maker):
         os.close(os.open(to, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         with closing(sqlite3.connect(to, isolation_level=None)) as there:
             here.backup(there)
