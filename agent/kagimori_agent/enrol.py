@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import UNSET
 
 from kagimori_agent import confirm, host_doors, keyslots
 from kagimori_agent.attempt import attest
@@ -55,14 +56,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """What has become of an enrolment: each volume with its new keyslot, and whether the verifier knows.
+    """What has become of an enrolment: each volume with its new keyslots, and whether the verifier knows.
 
-    ``kept`` tells whether a confirmation that it has not taken can be sent again.
+    The second keyslot of a volume is the recovery code's, or None where the owner has none made. ``kept`` tells whether a confirmation that it has not taken can be sent again.
     """
 
     verifier: str
     session: str
-    volumes: tuple[tuple[Volume, str], ...]
+    volumes: tuple[tuple[Volume, str, str | None], ...]
     backups: tuple[Path, ...]
     added: tuple[Volume, ...]
     confirmed: bool
@@ -71,11 +72,25 @@ class Enrolled:
 
 @dataclass(slots=True)
 class _Done:
-    """A keyslot that was written."""
+    """Keyslots that were written: ``slot`` is the unlock key's."""
 
     target: Target
     change: Change
     kept: Path
+    slot: str
+    recovery: str | None
+
+    @property
+    def slots(self) -> list[str]:
+        """Name them."""
+        return [self.slot] if self.recovery is None else [self.slot, self.recovery]
+
+    @property
+    def words(self) -> str:
+        """Name them to a person."""
+        return (
+            f"keyslot {self.slot}" if self.recovery is None else f"keyslots {self.slot} and {self.recovery}"
+        )
 
 
 def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and what a caller may want otherwise
@@ -98,11 +113,10 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and what a
         answered = attest(asking, one, "enrol", Budget(config.limits.boot_budget_s), say, prove=code.prove)
     done: list[_Done] = []
     try:
-        keys = _keys_for(answered, targets)
+        keys, recovery_key = _keys_for(answered, targets)
         for target in targets:
-            key = keys[target.volume.uuid]
-            done.append(_add(target, key.unlock_key, key.header_epoch, backups))
-            say(f"{target.volume.name}: keyslot {done[-1].change.slot} added, and proved to open")
+            done.append(_add(target, keys[target.volume.uuid], recovery_key, backups))
+            _tell_added(done[-1], say)
             _tell_others(done[-1], say)
         added = add_to_config(path, config, [target.volume for target in targets])
     except KagimoriError:
@@ -125,7 +139,7 @@ def enrol(  # noqa: PLR0913 - who, where, by what, for which volumes, and what a
     return Enrolled(
         verifier=answered.endpoint.name,
         session=transcript.session_id(answered.session),
-        volumes=tuple((one.target.volume, one.change.slot) for one in done),
+        volumes=tuple((one.target.volume, one.slot, one.recovery) for one in done),
         backups=tuple(one.kept for one in done),
         added=tuple(added),
         confirmed=confirmed,
@@ -197,41 +211,44 @@ def narrowed(config: Config, code: EnrolCode, volumes: Sequence[Volume]) -> Conf
 
 
 def undo(
-    targets: Sequence[Target], slot: str | None, say: Callable[[str], None], backups: Path = BACKUPS
+    targets: Sequence[Target], slots: Sequence[str], say: Callable[[str], None], backups: Path = BACKUPS
 ) -> list[str]:
-    """Take the keyslot of an enrolment away from each volume, once another was proved to open; gives what was removed.
+    """Take the keyslots of an enrolment away from each volume, once another was proved to open; gives what was removed.
 
-    Raises UsageError where more than one could be meant and ``slot`` does not say which, DiskError.
+    Raises UsageError where more than one could be meant and ``slots`` do not say which, DiskError.
     """
     removed = []
     for target in targets:
         with keyslots.opened(target.device) as disk:
             image = _loaded(disk, target.volume, target.volume_key)
             ours = keyslots.ours(image)
-            meant = [one for one in ours if slot in {None, one}]
-            if len(meant) != 1:
+            meant = [one for one in ours if one in slots] if slots else ours
+            if len(meant) != (len(slots) or 1):
                 raise UsageError(
                     f"It cannot be told which keyslot of {target.device} is meant.",
                     code="enrol.slot",
-                    expected="one keyslot of an enrolment, or --slot to name it",
+                    expected="one keyslot of an enrolment, or --slot to name each that is to go: a recovery code's, too",
                     found=", ".join(ours) or "none",
                 )
-            if keyslots.opens(image, target.passphrase) in {None, meant[0]}:
+            if keyslots.opens(image, target.passphrase) in {None, *meant}:
                 raise DiskError(
                     "No other keyslot was proved to open.",
                     code="enrol.last",
-                    expected="a passphrase or key of another keyslot than the one to be removed",
+                    expected="a passphrase or key of another keyslot than what is to be removed",
                     found="none",
                     todo="Without one, removing this keyslot could lose the volume.",
                 )
-            disk.write(keyslots.remove(image, meant[0]), _backup(backups, target.volume.uuid))
-        say(f"{target.volume.name}: keyslot {meant[0]} removed")
+            for slot in meant:
+                change = keyslots.remove(image, slot)
+                disk.write(change, _backup(backups, target.volume.uuid))
+                image = change.after
+                say(f"{target.volume.name}: keyslot {slot} removed")
         removed.append(target.volume.uuid)
     return removed
 
 
-def _keys_for(answered: Answered, targets: Sequence[Target]) -> dict[str, VolumeKey]:
-    """Give the answer's key of each volume. Raises Refused, or PeerError for an answer that leaves one out."""
+def _keys_for(answered: Answered, targets: Sequence[Target]) -> tuple[dict[str, VolumeKey], bytes | None]:
+    """Give the answer's key of each volume, and its recovery key if it has one. Raises Refused, or PeerError for an answer that leaves one out."""
     keys: Keys = require_keys(answered)
     by_uuid = {key.uuid: key for key in keys.volumes}
     if missing := [one.volume.uuid for one in targets if one.volume.uuid not in by_uuid]:
@@ -241,7 +258,7 @@ def _keys_for(answered: Answered, targets: Sequence[Target]) -> dict[str, Volume
             expected=", ".join(missing),
             found=", ".join(sorted(by_uuid)),
         )
-    return by_uuid
+    return by_uuid, None if keys.recovery_key is UNSET else keys.recovery_key
 
 
 def _loaded(disk: keyslots.Disk, volume: Volume, volume_key: bytes | None) -> Image:
@@ -263,12 +280,30 @@ def _loaded(disk: keyslots.Disk, volume: Volume, volume_key: bytes | None) -> Im
     return image
 
 
-def _add(target: Target, key: bytes, epoch: int, backups: Path) -> _Done:
+def _add(target: Target, key: VolumeKey, recovery_key: bytes | None, backups: Path) -> _Done:
+    """Add the keyslots of a volume, all of them by one change of its header, or none."""
+    epoch, passphrase = key.header_epoch, target.passphrase
     with keyslots.opened(target.device) as disk:
-        change = keyslots.add(_loaded(disk, target.volume, target.volume_key), target.passphrase, key, epoch)
+        image = _loaded(disk, target.volume, target.volume_key)
+        recovery: str | None = None
+        if recovery_key is None:
+            change = keyslots.add(image, passphrase, key.unlock_key, epoch)
+            slot = change.slot
+        else:
+            change, slot = keyslots.add_two(image, passphrase, key.unlock_key, recovery_key, epoch)
+            recovery = change.slot
         kept = _backup(backups, target.volume.uuid)
         disk.write(change, kept)
-    return _Done(target, change, kept)
+    return _Done(target, change, kept, slot, recovery)
+
+
+def _tell_added(one: _Done, say: Callable[[str], None]) -> None:
+    say(f"{one.target.volume.name}: keyslot {one.slot} added, and proved to open")
+    if one.recovery is not None:
+        say(
+            f"{one.target.volume.name}: recovery keyslot {one.recovery} added, and proved to open: "
+            f"write UUID {one.target.volume.uuid} beside the recovery code"
+        )
 
 
 def _tell_others(one: _Done, say: Callable[[str], None]) -> None:
@@ -285,15 +320,17 @@ def _take_back(done: Sequence[_Done], backups: Path, say: Callable[[str], None])
     for one in done:
         try:
             with keyslots.opened(one.target.device) as disk:
-                change = keyslots.remove(
-                    _loaded(disk, one.target.volume, one.target.volume_key), one.change.slot
-                )
-                disk.write(change, _backup(backups, one.target.volume.uuid))
-            say(f"{one.target.volume.name}: keyslot {one.change.slot} removed again")
+                image = _loaded(disk, one.target.volume, one.target.volume_key)
+                for slot in one.slots:
+                    change = keyslots.remove(image, slot)
+                    disk.write(change, _backup(backups, one.target.volume.uuid))
+                    image = change.after
+            say(f"{one.target.volume.name}: {one.words} removed again")
         except KagimoriError as error:
+            named = " ".join(f"--slot {slot}" for slot in one.slots)
             say(
-                f"{one.target.volume.name}: keyslot {one.change.slot} stays ({error.reason}); "
-                "`kagimori-agent enrol --undo` removes it"
+                f"{one.target.volume.name}: {one.words} may still be there ({error.reason}); "
+                f"`kagimori-agent enrol --undo --device {one.target.device} {named}` removes what is"
             )
 
 

@@ -85,9 +85,15 @@ def declare(verb: Callable[[str, Any, str, str], argparse.ArgumentParser]) -> No
     enrol.add_argument(
         "--undo",
         action="store_true",
-        help="take the keyslot of an enrolment away again; needs another that opens",
+        help="take the keyslots of an enrolment away again; needs another that opens",
     )
-    enrol.add_argument("--slot", metavar="N", help="with --undo: which keyslot, where there is more than one")
+    enrol.add_argument(
+        "--slot",
+        action="append",
+        default=[],
+        metavar="N",
+        help="with --undo: which keyslot, where there is more than one; repeatable, for a recovery code's beside it",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -125,13 +131,17 @@ def run(options: argparse.Namespace) -> int:
         {
             "verifier": done.verifier,
             "session": done.session,
-            "volumes": [{"uuid": one.uuid, "name": one.name, "slot": slot} for one, slot in done.volumes],
+            "volumes": [
+                {"uuid": one.uuid, "name": one.name, "slot": slot, "recovery_slot": recovery}
+                for one, slot, recovery in done.volumes
+            ],
             "backups": [str(path) for path in done.backups],
             "added_to_config": [one.uuid for one in done.added],
             "confirmed": done.confirmed,
             "confirmation_kept": done.kept,
         },
         f"enrolled {len(done.volumes)} at {done.verifier} (session {done.session})",
+        *_recovered(done),
         *([f"{options.config} names them now: build the initramfs anew"] if done.added else []),
         *_unconfirmed(done),
     )
@@ -174,6 +184,16 @@ class Secrets:
         if not secret:
             raise _absent("a passphrase or key of one or more bytes", "none")
         return secret
+
+
+def _recovered(done: Enrolled) -> list[str]:
+    """Say which volumes the owner's recovery code opens by now, under the names that `recovery import` asks for."""
+    named = [f"{volume.uuid} ({volume.name})" for volume, _, recovery in done.volumes if recovery is not None]
+    if not named:
+        return []
+    return [
+        f"recovery keyslots added: write beside the recovery code that your verifier has shown: {', '.join(named)}"
+    ]
 
 
 def _unconfirmed(done: Enrolled) -> list[str]:

@@ -121,6 +121,15 @@ def add(image: Image, passphrase: bytes, key: bytes, epoch: int) -> Change:
     return luks2_change.add_key(image, run, passphrase=passphrase, key=key, epoch=epoch, salts=salts())
 
 
+def add_two(
+    image: Image, passphrase: bytes, key: bytes, recovery_key: bytes, epoch: int
+) -> tuple[Change, str]:
+    """Plan a keyslot for a recovery key as well, of the same epoch, by one change; gives the unlock key's keyslot, too."""
+    first = add(image, passphrase, key, epoch)
+    second = add(first.after, key, recovery_key, epoch)
+    return luks2_change.joined(first, second, run, key, epoch), first.slot
+
+
 def remove(image: Image, slot: str) -> Change:
     """Plan to be without a keyslot and its token. Raises DiskError."""
     return luks2_change.remove_key(image, slot, salts())

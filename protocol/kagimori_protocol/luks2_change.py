@@ -160,6 +160,18 @@ def add_key(  # noqa: PLR0913 - the header, who works on it, by what, for what
     return _sealed(image, added, cryptsetup, slot, key, epoch, salts)
 
 
+def joined(
+    first: Change, second: Change, cryptsetup: Cryptsetup, key: bytes | memoryview, epoch: int
+) -> Change:
+    """Make one change of two keyslots that were added one after the other: the header gets both, or neither.
+
+    ``key`` is the first's: that it opens the header that comes of both is proved as well. Raises DiskError.
+    """
+    prove(second.after, cryptsetup, key, epoch)
+    before, raw = first.before, second.after.raw
+    return Change(before, second.after, second.slot, (*_areas(before, raw), *_copies(before, raw)))
+
+
 def reseal(
     image: Image, cryptsetup: Cryptsetup, *, key: bytes | memoryview, epoch: int, salts: Salts
 ) -> Change:

@@ -195,10 +195,14 @@ class Check(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Keys(Message, frozen=True, kw_only=True, tag="keys"):
-    """Payload of a Sealed: the keys, one for each volume that was asked for."""
+    """Payload of a Sealed: the keys, one for each volume that was asked for.
+
+    ``recovery_key`` is there for the purpose ``enrol`` alone, if the owner wants it: every volume gets a keyslot for it, too.
+    """
 
     confirm_key: Digest
     volumes: Annotated[list[VolumeKey], Meta(min_length=1, max_length=16)]
+    recovery_key: Digest | UnsetType = UNSET
 
     def __repr__(self) -> str:
         """Show no key."""

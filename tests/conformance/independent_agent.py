@@ -278,7 +278,10 @@ def exchange(
         secret = tpm.activate(sealed["credential"])
         inner_key = HKDF(hashes.SHA256(), 32, th, b"kagimori/1/inner").derive(secret)
         payload = AESGCM(inner_key).decrypt(bytes(12), payload, th)
-    kinds = {"keys": ("confirm_key", "volumes"), "verdict": ("confirm_key", "allowed", "checks")}
+    kinds = {
+        "keys": ("confirm_key", "volumes", "recovery_key"),
+        "verdict": ("confirm_key", "allowed", "checks"),
+    }
     return decode(payload, kinds), sealed, th, evidence_body
 
 
@@ -304,14 +307,16 @@ def prove(config: Message, payload: Message) -> list[str]:
 
 
 def add(config: Message, payload: Message, passphrase: str) -> None:
-    """Add a keyslot for each new key. What our own agent does beyond that, the header's token, is left out here."""
+    """Add keyslots for the new keys. What our own agent does beyond that, the header's tokens, is left out here."""
     fast = ["--batch-mode", "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", "-"]
     devices = {volume["uuid"]: volume["device"] for volume in config["volumes"]}
-    for one in payload["volumes"]:
+    more = [payload["recovery_key"]] if "recovery_key" in payload else []
+    pairs = [(one["uuid"], key) for one in payload["volumes"] for key in (one["unlock_key"], *more)]
+    for uuid, key in pairs:
         reader, writer = os.pipe()
-        os.write(writer, unbase64(one["unlock_key"]))
+        os.write(writer, unbase64(key))
         os.close(writer)
-        command = ["cryptsetup", "luksAddKey", *fast, devices[one["uuid"]], f"/dev/fd/{reader}"]
+        command = ["cryptsetup", "luksAddKey", *fast, devices[uuid], f"/dev/fd/{reader}"]
         subprocess.run(command, input=passphrase.encode(), check=True, pass_fds=(reader,))
         os.close(reader)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from tests import volumes
 from tests.worlds import VM
 
 from kagimori_agent.unlock import dry_run, unlock
@@ -69,16 +70,22 @@ def test_another_agent_gets_its_key_without_a_tpm_once(enrolled_direct: Enrolled
 
 
 def test_another_agent_enrols_a_volume_by_the_owners_code(enrolled_direct: Enrolled, tmp_path: Path) -> None:
-    """From protocol.md alone: the code is read, and proved; the key that comes back opens the volume."""
-    owner, image = enrolled_direct.owner, tmp_path / "new.img"
+    """From protocol.md alone: the code is read, and proved; the keys that come back open the volume, the recovery key, too."""
+    owner, image, recovery = enrolled_direct.owner, tmp_path / "new.img", bytes(range(32))
     owner.change_vm(VM, purposes=["unlock", "dry-run", "enrol"])
+
+    def wrapped(code_key: bytes) -> bytes:
+        return owner.verifier.unlock_keys.wrap_recovery_key(recovery, VM, code_key)
+
     with owner.verifier.store.write() as txn:
-        code, _ = enrolling.make_code(txn, VM, owner.now_s())
+        code, _ = enrolling.make_code(txn, VM, owner.now_s(), wrapped_recovery=wrapped)
     enrolled_direct.volume = VolumeAt(disk.make_volume(image, b"a passphrase"), "cryptnew", image)
     with enrolled_direct.booted() as (world, _):
         status, told = agent(world, "enrol", code.text().upper(), "a passphrase")
     assert (status, told["proved"], told["confirmed"]) == (0, [enrolled_direct.volume.uuid], True)
-    assert owner.events(told["session"]) == ["released", "volume-enrolled", "confirmed-opened"]
+    events = ["released", "recovery-given", "volume-enrolled", "confirmed-opened"]
+    assert owner.events(told["session"]) == events
+    assert volumes.opens(image, recovery)
 
 
 @pytest.mark.slow

@@ -171,11 +171,11 @@ def test_an_enrolment_is_undone_by_one_command_on_each_side(installed: Installed
         installed.enrol(toml, installed.code())
         loaded = config.load(toml)
     targets = enrol.prepared(loaded, [volume.device], [], lambda *_: PASSPHRASE)
-    assert enrol.undo(targets, None, quiet, installed.directory / "headers") == [volume.uuid]
+    assert enrol.undo(targets, [], quiet, installed.directory / "headers") == [volume.uuid]
     assert slots(volume.device) == []
     assert opens(volume.device, PASSPHRASE)
     with pytest.raises(UsageError) as caught:
-        enrol.undo(targets, None, quiet, installed.directory / "headers")
+        enrol.undo(targets, [], quiet, installed.directory / "headers")
     assert caught.value.code == "enrol.slot"
 
 

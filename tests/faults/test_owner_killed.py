@@ -29,7 +29,18 @@ from kagimori_verifier.store.observations import Observation
 pytestmark = pytest.mark.slow  # a process per point
 
 PASSPHRASE = b"the installer's passphrase"
-BY_CHANCE = {"created", "expires", "hash", "previous", "wrapped", "public", "public_key", "key_id", "id"}
+BY_CHANCE = {
+    "created",
+    "expires",
+    "hash",
+    "previous",
+    "wrapped",
+    "public",
+    "public_key",
+    "key_id",
+    "id",
+    "recovery",
+}
 """Columns that differ from run to run: clocks, random keys, and what follows from them."""
 PARTS = 4
 """Into how many tests the points of the longest verbs are divided, for those who test in parallel."""
@@ -57,6 +68,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "boot state add": ("reference", "pcr", "add", "--vm", "web2", "--label", "more", "--event-log", "log"),
     "accept": ("reference", "accept", SESSION, "--yes"),
     "vm add": ("vm", "add", "web3", "--profile", "debian", "--chip", CHIP),
+    "vm code": ("vm", "code", "web1", "--recovery-fd", "2"),
     "vm disable": ("vm", "disable", "web1"),
     "vm chip add": ("vm", "chip", "add", "web2", CHIP),
     "vm remove": ("vm", "remove", "web1"),

@@ -77,6 +77,7 @@ KEYS = messages.Keys(
     volumes=[
         messages.VolumeKey(uuid=UUID, unlock_key=SECRET, header_epoch=0, next_unlock_key=SECRET),
     ],
+    recovery_key=SECRET,
 )
 VERDICT = messages.Verdict(
     confirm_key=SECRET,

@@ -91,6 +91,7 @@ keys = st.builds(
         min_size=1,
         max_size=16,
     ),
+    recovery_key=maybe(digests),
 )
 verdicts = st.builds(
     messages.Verdict,

@@ -7,6 +7,9 @@
     Confirm -> opened: active, or waiting where no reference value explains the boot;  failed: dropped
     owner   -> volume accept, or reference accept of that session: waiting becomes active
 
+With a recovery key, which ``vm code --recovery`` has put on paper: it is kept, wrapped, beside the code, given once more with
+the new keys, and forgotten as these are confirmed, as the code is replaced, or as it has ended.
+
 No key that was there before is in any answer of an enrolment, and none of its own is in another answer before it is active.
 """
 
@@ -37,14 +40,24 @@ if TYPE_CHECKING:
 
 CODE_S: Final = 24 * 3600
 """How long a code is good, in seconds, unless its owner says otherwise."""
+RECOVERY_GIVEN: Final = "recovery-given"
+"""The ledger's event for a session whose answer has a recovery key."""
+SESSION_S: Final = 3600
+"""How long a session can live, in seconds (kagimori_protocol.messages.Challenge)."""
 STAGED_S: Final = 7 * 24 * 3600
 """How long a key waits for the Confirm of its enrolment, in seconds: then the next enrolment or code drops it."""
 
 
-def make_code(txn: Txn, vm_id: str, at_s: int, life_s: int = CODE_S) -> tuple[EnrolCode, CodeRow]:
+def make_code(
+    txn: Txn,
+    vm_id: str,
+    at_s: int,
+    life_s: int = CODE_S,
+    wrapped_recovery: Callable[[bytes], bytes] | None = None,
+) -> tuple[EnrolCode, CodeRow]:
     """Make a VM's code, in place of an earlier one; what is kept of it is a public key.
 
-    Raises OperatorError for a VM that is not there, is disabled or may not enrol, and without an identity.
+    ``wrapped_recovery`` wraps the recovery key that the enrolment shall give, bound to this public key. Raises OperatorError for a VM that is not there, is disabled or may not enrol, and without an identity.
     """
     vm = vms.get(txn, vm_id)
     if vm is None or not vm.enabled or "enrol" not in vm.purposes:
@@ -67,9 +80,11 @@ def make_code(txn: Txn, vm_id: str, at_s: int, life_s: int = CODE_S) -> tuple[En
         )
     drop_expired(txn, vm_id, at_s)
     code = EnrolCode(secrets.token_bytes(enrol_code.SECRET_SIZE), enrol_code.fingerprint(current[0]))
-    row = CodeRow(vm_id, code.public_key, at_s, at_s + life_s, None)
+    recovery = None if wrapped_recovery is None else wrapped_recovery(code.public_key)
+    row = CodeRow(vm_id, code.public_key, at_s, at_s + life_s, None, recovery)
     enrolments.put_code(txn, row)
     body = {"expires": row.expires, "verifier_key": signature.key_id(current[0])}
+    body |= {} if recovery is None else {"recovery": True}
     ledger.append(txn, at_s=at_s, event="enrol-code", vm_id=vm_id, session=None, body=body)
     return code, row
 
@@ -111,6 +126,9 @@ def keep_new_keys(
     """
     vm_id = judgement.vm.vm_id
     enrolments.use_code(txn, vm_id, session)
+    if recovery_of(txn, vm_id, session) is not None:
+        body = {"volumes": judgement.hello.volumes}
+        ledger.append(txn, at_s=now_s, event=RECOVERY_GIVEN, vm_id=vm_id, session=session, body=body)
     drop_expired(txn, vm_id, now_s)
     kept = vms.volumes(txn, vm_id, state=None)
     labels = {one.label for one in kept}
@@ -136,9 +154,16 @@ def keys_of(txn: Txn, vm_id: str, session: str) -> dict[str, VolumeRow]:
     return {one.uuid: one for one in rows if (one.uuid, one.version) in versions}
 
 
+def recovery_of(txn: Txn, vm_id: str, session: str) -> CodeRow | None:
+    """Give the code by which a session has enrolled, if it is still there and still has its recovery key."""
+    row = enrolments.code(txn, vm_id)
+    return None if row is None or row.session != session or row.recovery is None else row
+
+
 def confirmed(txn: Txn, known: Redemption, outcome: Outcome, now_s: int) -> None:
     """Let keys follow what their agent has confirmed. Raises NotAuthentic where they were dropped meanwhile."""
     enrolled = enrolments.of_session(txn, known.session)
+    enrolments.drop_recovery(txn, known.vm_id, known.session)
     staged = keys_of(txn, known.vm_id, known.session)
     if outcome == "reencrypted":
         for one in enrolled:
@@ -187,8 +212,14 @@ def undo(txn: Txn, row: VolumeRow, now_s: int) -> None:
     _drop(txn, row, now_s, None, "by its owner")
 
 
+def drop_old_recoveries(txn: Txn, now_s: int) -> None:
+    """Forget the recovery keys of codes that have ended; of used ones once no session that used them can ask again."""
+    enrolments.drop_old_recoveries(txn, now_s, now_s - SESSION_S)
+
+
 def drop_expired(txn: Txn, vm_id: str, now_s: int) -> None:
     """Drop the keys of a VM that nobody has confirmed in time."""
+    drop_old_recoveries(txn, now_s)
     for row in vms.volumes(txn, vm_id, state=STAGED):
         if now_s > row.created + STAGED_S:
             _drop(txn, row, now_s, None, "never confirmed")

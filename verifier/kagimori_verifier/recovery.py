@@ -7,7 +7,8 @@ at a verifier, which keeps it as the volume's unlock key and releases it to the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Self
 
 from kagimori_protocol import luks2_change, luks2_guard
 from kagimori_protocol.errors import OperatorError
@@ -20,6 +21,7 @@ from kagimori_verifier.store.enrolments import EnrolledRow
 from kagimori_verifier.store.vms import VolumeRow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from kagimori_verifier.store import Store, Txn
@@ -27,6 +29,24 @@ if TYPE_CHECKING:
 ORIGIN: Final = "recovery"
 LEAST_EPOCH: Final = 0
 """Nobody here knows the header's epoch: the VM takes any header that this key authenticates, an older one, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A recovery key for what a VM will enrol by a one-time code that is being made, too."""
+
+    key: bytes = field(repr=False)
+    _unlock_keys: UnlockKeys
+
+    @classmethod
+    def make(cls, kek: bytes) -> Self:
+        """Make one."""
+        unlock_keys = UnlockKeys(kek)
+        return cls(unlock_keys.make(), unlock_keys)
+
+    def wrapped_for(self, vm_id: str) -> Callable[[bytes], bytes]:
+        """Give what wraps it, bound to a VM and the public key of its code."""
+        return lambda code_key: self._unlock_keys.wrap_recovery_key(self.key, vm_id, code_key)
 
 
 def add_keyslot(  # noqa: PLR0913 - what one volume consists of, by name only

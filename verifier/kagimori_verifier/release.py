@@ -12,7 +12,7 @@ import hmac
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from kagimori_protocol import messages, sealing, signature, tpm, transcript
 from kagimori_protocol.errors import NotAuthentic, OperatorError
@@ -154,7 +154,11 @@ class Release:
         self, judgement: Judgement, settled: Redemption, decision: Allow | Deny, confirm_key: bytes
     ) -> Payload:
         if settled.decision == KEYS:
-            return messages.Keys(confirm_key=confirm_key, volumes=self._volume_keys(judgement, settled))
+            return messages.Keys(
+                confirm_key=confirm_key,
+                volumes=self._volume_keys(judgement, settled),
+                recovery_key=self._recovery_key(settled),
+            )
         return messages.Verdict(
             confirm_key=confirm_key, allowed=settled.decision == ALLOWED, checks=list(decision.checks)
         )
@@ -188,6 +192,30 @@ class Release:
             unlock_key = self._unlock_keys.unwrap(row.wrapped, vm_id, uuid, row.version)
             keys.append(messages.VolumeKey(uuid=uuid, unlock_key=unlock_key, header_epoch=row.header_epoch))
         return keys
+
+    def _recovery_key(self, settled: Redemption) -> bytes | UnsetType:
+        """Unwrap the recovery key that the owner has put on paper for this enrolment, if he has.
+
+        Raises OperatorError where it is gone: an answer without it would enrol volumes that the paper does not open.
+        """
+        if settled.purpose != "enrol":
+            return UNSET
+        with self._store.read() as txn:
+            row = enrolling.recovery_of(txn, settled.vm_id, settled.session)
+            promised = any(
+                line.event == enrolling.RECOVERY_GIVEN for line in ledger.read(txn, session=settled.session)
+            )
+        if not promised:
+            return UNSET
+        if row is None or row.recovery is None:
+            raise OperatorError(
+                "A code was replaced while its recovery key was being given.",
+                code="recovery.gone",
+                expected=f"the recovery key that session {settled.session} was promised",
+                found="none",
+                todo="Enrol by the newer code; the recovery code of the older is to be destroyed.",
+            )
+        return self._unlock_keys.unwrap_recovery_key(row.recovery, row.vm_id, row.public_key)
 
 
 def _apply_release_rules(txn: Txn, judgement: Judgement, session_sha256: bytes, now_s: int) -> Allow | Deny:
@@ -254,6 +282,7 @@ def _redeem(
         verifier_key=verifier_key,
     )
     redemptions.purge_answers(txn, now_s)
+    enrolling.drop_old_recoveries(txn, now_s)
     redemptions.insert(txn, redemption)
     if judgement.claims.vtpm is not None and _is_worth_learning(decision):
         observations.add(txn, observed(judgement, session, now_s))

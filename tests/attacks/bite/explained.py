@@ -11,6 +11,8 @@ EXPLAINED: Final[dict[str, str]] = {
     "volume.provenance": "tells who may know the volume keys and always holds (ADR 9): it warns an owner, and stops nobody",
     "reference.pcrs": "the form of PCR values that an owner types or reads from a file of their own: no attacker is on that "
     "path, and what it lets in is compared byte by byte with what a TPM has quoted",
+    "recovery.gone": "an answer without the recovery key that was promised has the same unlock keys: it gives nobody anything, "
+    "but its owner would believe in paper that opens nothing (tests/attacks/test_recovery_codes.py)",
 }
 
 WITHIN: Final[dict[str, str]] = {

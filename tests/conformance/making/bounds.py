@@ -72,6 +72,8 @@ OUTSIDE: Final[list[tuple[str, str, Any]]] = [
     ("keys", "volumes.unlock_key", bytes(33)),
     ("keys", "volumes.header_epoch", -1),
     ("keys", "volumes.next_unlock_key", bytes(31)),
+    ("keys", "recovery_key", bytes(31)),
+    ("keys", "recovery_key", bytes(33)),
     ("verdict", "confirm_key", bytes(33)),
     ("verdict", "checks", _ONE_CHECK * 257),
     ("verdict", "checks.id", "Cap"),

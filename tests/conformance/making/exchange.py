@@ -16,6 +16,7 @@ from tests.conformance.making.vector import Vector, given, hexed
 SESSION: Final = bytes(range(200))
 UNLOCK_KEY: Final = b"\xd1" * 32
 CONFIRM_KEY: Final = b"\xc0" * 32
+RECOVERY_KEY: Final = b"\x4e" * 32
 REPORT: Final = bytes(range(256)) * 4 + bytes(160)
 
 
@@ -48,12 +49,13 @@ def vectors() -> Iterator[Vector]:
     )
     yield _exchange(
         "svsm-vtpm-enrol",
-        "A booted system proves the operator's code, gets a new key, and has reencrypted the volume.",
+        "A booted system proves the operator's code, gets a new key and a recovery key, and has reencrypted the volume.",
         hello={"purpose": "enrol", "kind": "svsm-vtpm"},
         payload={
             "type": "keys",
             "confirm_key": CONFIRM_KEY,
             "volumes": [{"uuid": UUID, "unlock_key": UNLOCK_KEY, "header_epoch": 1}],
+            "recovery_key": RECOVERY_KEY,
         },
         pcr_selection=tpm.selection([0, 7, 15]),
         outcome="reencrypted",

@@ -78,6 +78,7 @@ KEYS: Final[Body] = {
     "type": "keys",
     "confirm_key": SECRET,
     "volumes": [{"uuid": UUID, "unlock_key": SECRET, "header_epoch": 7, "next_unlock_key": DIGEST}],
+    "recovery_key": DIGEST,
 }
 VERDICT: Final[Body] = {
     "type": "verdict",
@@ -107,6 +108,7 @@ OPTIONAL: Final = {
     "hello": ("ek_public", "ak_public"),
     "evidence": ("manifest", "certificates", "quote", "pcrs", "event_log", "enrol_proof"),
     "sealed": ("credential",),
+    "keys": ("recovery_key",),
 }
 
 

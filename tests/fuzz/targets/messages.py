@@ -125,6 +125,7 @@ def examples() -> Iterator[tuple[int, msgspec.Struct]]:
     volume = messages.VolumeKey(uuid=UUID, unlock_key=bytes(range(32)), header_epoch=0)
     rotated = msgspec.structs.replace(volume, next_unlock_key=bytes(range(32, 64)), header_epoch=1 << 63)
     yield PAYLOAD, messages.Keys(confirm_key=bytes(32), volumes=[volume, rotated])
+    yield PAYLOAD, messages.Keys(confirm_key=bytes(32), volumes=[volume], recovery_key=bytes(range(32)))
     check = messages.Check(
         id="pcr.8", ok=False, expected='a "value"\n', found="another: \u00e9\u4e16\U0001f511"
     )

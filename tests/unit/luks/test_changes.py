@@ -19,6 +19,7 @@ from kagimori_verifier import luks_enrol
 
 OLD = hashlib.sha256(b"an unlock key of these tests").digest()
 NEW = hashlib.sha256(b"the next unlock key").digest()
+THIRD = hashlib.sha256(b"a recovery key").digest()
 SECTOR = 512
 Make = Callable[[Image], Change]
 
@@ -31,6 +32,14 @@ def _add(image: Image) -> Change:
     return luks2_change.add_key(
         image, luks_enrol.cryptsetup, passphrase=OLD, key=NEW, epoch=2, salts=_salts()
     )
+
+
+def _add_two(image: Image) -> Change:
+    first = _add(image)
+    second = luks2_change.add_key(
+        first.after, luks_enrol.cryptsetup, passphrase=NEW, key=THIRD, epoch=2, salts=_salts()
+    )
+    return luks2_change.joined(first, second, luks_enrol.cryptsetup, NEW, 2)
 
 
 def _reseal(image: Image) -> Change:
@@ -63,7 +72,7 @@ def opening(device: Path, uuid: str) -> set[bytes]:
     """Give the keys that our guard lets to this device, each proved as an agent would use it."""
     image = loaded(device)
     found = set()
-    for key in (OLD, NEW):
+    for key in (OLD, NEW, THIRD):
         try:
             luks2_change.prove(image, luks_enrol.cryptsetup, key, 1)
         except DiskError:
@@ -75,7 +84,9 @@ def opening(device: Path, uuid: str) -> set[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "added"), [(_add, {NEW}), (_reseal, set())], ids=["a key added", "resealed"]
+    ("make", "added"),
+    [(_add, {NEW}), (_add_two, {NEW, THIRD}), (_reseal, set())],
+    ids=["a key added", "two keys added", "resealed"],
 )
 def test_a_volume_opens_whenever_the_change_of_its_header_is_cut_off(
     disk: Path, make: Make, added: set[bytes]
@@ -94,6 +105,7 @@ def test_a_volume_opens_whenever_the_change_of_its_header_is_cut_off(
                 file.write(data)
         found = opening(disk, uuid)
         assert OLD in found, name
+        assert found & added in (set(), added), name
         if "sectors" not in name:
             new_opens.append(NEW in found)
         assert volumes.opens(disk, OLD), name
@@ -166,6 +178,19 @@ def test_a_second_key_leaves_the_token_of_the_first_as_it_is(disk: Path) -> None
     tokens = luks2_guard.tied(change.after.header)
     assert tokens["0"] == luks2_guard.tied(change.before.header)["0"]
     assert (tokens["0"]["epoch"], tokens["1"]["epoch"]) == ("1", "2")
+
+
+def test_two_keys_that_are_added_at_once_have_tokens_of_their_own(disk: Path) -> None:
+    """The second comes in by the first, and either can go without the other."""
+    change = _add_two(loaded(disk))
+    assert [token["epoch"] for token in luks2_guard.tied(change.after.header).values()] == ["1", "2", "2"]
+    with luks_enrol.opened(disk) as opened:
+        opened.write(change)
+    uuid = change.before.header.uuid
+    assert opening(disk, uuid) == {OLD, NEW, THIRD}
+    with luks_enrol.opened(disk) as opened:
+        opened.write(luks2_change.remove_key(opened.load(), "1", _salts()))
+    assert opening(disk, uuid) == {OLD, THIRD}
 
 
 def test_what_an_owner_does_with_cryptsetup_to_other_keyslots_needs_no_seal(disk: Path) -> None:

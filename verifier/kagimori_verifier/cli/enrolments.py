@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 from kagimori_protocol import signature
 from kagimori_protocol.errors import UsageError
 from kagimori_verifier import enrolling, ledger
-from kagimori_verifier.cli import arguments
-from kagimori_verifier.cli.access import now_s, unknown, writing
+from kagimori_verifier.cli import arguments, recovery_paper
+from kagimori_verifier.cli.access import now_s, opened, unknown, writing
 from kagimori_verifier.cli.output import add_verb, when
 from kagimori_verifier.states import STAGED, WAITING
 from kagimori_verifier.store import enrolments, identities, vms
@@ -36,8 +36,10 @@ def register_vm(verbs: Verbs) -> None:
         _code,
         "Make a one-time code by which a booted VM may enrol volumes: `kagimori-agent enrol` asks for it there. It is good\n"
         "for one enrolment, replaces an earlier code of the VM, and holds the fingerprint of this verifier's key, so that\n"
-        "the agent believes no other. It is shown once; what is kept of it makes no code and no proof.",
-        "vm code web1",
+        "the agent believes no other. It is shown once; what is kept of it makes no code and no proof.\n"
+        "With --recovery a recovery code is shown, too, once: each volume that is enrolled by this code gets a keyslot for\n"
+        "it. Write it down, and keep it where neither this verifier nor the VM's host is; never type it at the VM's console.",
+        "vm code web1 --recovery",
     )
     code.add_argument("vm", type=arguments.vm, metavar="NAME")
     code.add_argument(
@@ -47,6 +49,7 @@ def register_vm(verbs: Verbs) -> None:
         metavar="TIME",
         help="such as 30m, 24h or 7d (default: %(default)s)",
     )
+    recovery_paper.declare(code)
 
 
 def register_volume(verbs: Verbs) -> None:
@@ -95,15 +98,21 @@ def shown_code(txn: Txn, code: EnrolCode, row: CodeRow) -> dict[str, Any]:
         "verifier_key": named,
         "fingerprint": code.fingerprint.hex(),
         "expires": row.expires,
+        "recovery": row.recovery is not None,
     }
 
 
 def code_lines(vm_id: str, shown: dict[str, Any]) -> tuple[str, ...]:
     """Tell a code to a person."""
+    keep = (
+        "  keep the recovery code, with the UUIDs that it prints, where neither this verifier nor the VM's host is;",
+        "  destroy it if the enrolment fails, or if you do not accept it: whatever had booted there may have that key",
+    )
     return (
         f"code for {vm_id}: {shown['code']}",
         f"  good once, until {when(shown['expires'])} UTC; it names this verifier's key {shown['verifier_key']}",
         "  in the VM: kagimori-agent enrol --device PATH",
+        *(keep if shown["recovery"] else ()),
     )
 
 
@@ -119,11 +128,16 @@ def provenance_of(txn: Txn, row: VolumeRow) -> dict[str, Any]:
 
 
 def _code(options: argparse.Namespace, output: Output) -> int:
-    with writing(options) as txn:
-        if vms.get(txn, options.vm) is None:
-            raise unknown("VM", options.vm, "`kagimori-verifier vm list` shows the VMs.")
-        code, row = enrolling.make_code(txn, options.vm, now_s(), options.expires)
-        shown = shown_code(txn, code, row)
+    with opened(options) as (settings, store):
+        recovery = recovery_paper.asked(options, output, settings, store)
+        with store.write() as txn:
+            if vms.get(txn, options.vm) is None:
+                raise unknown("VM", options.vm, "`kagimori-verifier vm list` shows the VMs.")
+            wrapped = None if recovery is None else recovery.wrapped_for(options.vm)
+            code, row = enrolling.make_code(txn, options.vm, now_s(), options.expires, wrapped)
+            shown = shown_code(txn, code, row)
+    if recovery is not None:
+        recovery_paper.show_new(recovery, options, options.vm)
     output.result({"vm_id": options.vm} | shown, *code_lines(options.vm, shown))
     return 0
 
@@ -151,6 +165,7 @@ def _undo(options: argparse.Namespace, output: Output) -> int:
         {"undone": uuid},
         f"dropped the key of {uuid}",
         "its keyslot is removed in the VM: kagimori-agent enrol --undo",
+        "a recovery code that was made with its one-time code is to be destroyed: who enrolled it may have that key",
     )
     return 0
 

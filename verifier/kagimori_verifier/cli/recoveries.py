@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from kagimori_protocol import recovery_code
-from kagimori_protocol.errors import UsageError
 from kagimori_verifier import recovery
-from kagimori_verifier.cli import arguments, header_backups
+from kagimori_verifier.cli import arguments, header_backups, recovery_paper
 from kagimori_verifier.cli.access import now_s, opened
 from kagimori_verifier.cli.output import Output, add_verb, group
 from kagimori_verifier.cli.own_kek import own_kek
@@ -20,9 +17,6 @@ from kagimori_verifier.cli.vms import known, shown_volume
 
 if TYPE_CHECKING:
     from kagimori_verifier.cli.output import Verbs
-
-_GROUPS: Final = 5
-"""Groups of a code on one line of a terminal."""
 
 
 def register(verbs: Verbs) -> None:
@@ -100,7 +94,7 @@ def key_by(descriptor: int | None) -> bytes:
 
 
 def _recovery(options: argparse.Namespace, output: Output) -> int:
-    _require_reader(options.output_fd, as_json=output.as_json)
+    recovery_paper.require_reader(options.output_fd, "--output-fd", as_json=output.as_json)
     with opened(options) as (settings, store):
         with store.read() as txn:
             known(txn, options.vm)
@@ -115,14 +109,12 @@ def _recovery(options: argparse.Namespace, output: Output) -> int:
             backup=backup,
             at_s=now_s(),
         )
-    code = recovery_code.encode(key)
-    if options.output_fd is None:
-        groups = code.split("-")
-        lines = ["-".join(groups[at : at + _GROUPS]) for at in range(0, len(groups), _GROUPS)]
-        shown = [f"recovery code of volume {options.uuid}, keyslot {slot}, not to be shown again:", *lines]
-        print(*shown, sep="\n", flush=True)
-    else:
-        _hand_over(options.output_fd, code)
+    recovery_paper.show(
+        key,
+        options.output_fd,
+        f"volume {options.uuid}, keyslot {slot}",
+        "Its keyslot is there, and nobody has its code: run this again, and remove that keyslot.",
+    )
     output.result(
         {"uuid": options.uuid, "keyslot": int(slot)},
         "the header is sealed with it, and it was proved to open",
@@ -130,38 +122,6 @@ def _recovery(options: argparse.Namespace, output: Output) -> int:
     )
     header_backups.note(output, backup)
     return 0
-
-
-def _require_reader(descriptor: int | None, *, as_json: bool) -> None:
-    """Raise UsageError unless a person reads along, or somebody waits for the code: it is shown once, and never in a log."""
-    if descriptor is None:
-        there = sys.stdout is not None and sys.stdout.isatty() and not as_json
-    else:
-        try:
-            os.fstat(descriptor)
-            there = True
-        except OSError:
-            there = False
-    if not there:
-        raise UsageError(
-            "Nobody would see the recovery code.",
-            code="recovery.output",
-            expected="a terminal to show it on, or --output-fd with a descriptor that is open",
-            found="neither",
-        )
-
-
-def _hand_over(descriptor: int, code: str) -> None:
-    try:
-        os.write(descriptor, code.encode() + b"\n")
-    except OSError as error:
-        raise UsageError(
-            "The recovery code cannot be handed over.",
-            code="recovery.output",
-            expected="a descriptor that can be written",
-            found=str(error.strerror),
-            todo="Its keyslot is there, and nobody has its code: run this again, and remove that keyslot.",
-        ) from error
 
 
 def _import(options: argparse.Namespace, output: Output) -> int:

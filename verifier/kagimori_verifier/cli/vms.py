@@ -12,7 +12,7 @@ import msgspec
 
 from kagimori_verifier import enrolling, ledger
 from kagimori_verifier.appraise.policy import parse_policy
-from kagimori_verifier.cli import arguments, enrolments
+from kagimori_verifier.cli import arguments, enrolments, recovery_paper
 from kagimori_verifier.cli.access import exists, now_s, opened, reading, unknown, writing
 from kagimori_verifier.cli.agent_toml import AgentToml
 from kagimori_verifier.cli.output import Output, add_verb, group
@@ -61,6 +61,7 @@ def register(verbs: Verbs) -> None:
         choices=SUPPORTED_PURPOSES,
         help="what it may ask for; repeatable (default: all of them)",
     )
+    recovery_paper.declare(add)
     enrolments.register_vm(vm)
     add_verb(vm, "list", _list, "List the VMs.", "vm list")
     for name, run, about in (
@@ -113,18 +114,26 @@ def _add(options: argparse.Namespace, output: Output) -> int:
     row = vms.VmRow(
         options.vm, options.profile, enabled=True, purposes=purposes, chips=chips, created=now_s()
     )
-    with writing(options) as txn:
-        profile = profiles.get(txn, options.profile)
-        if profile is None:
-            raise unknown("profile", options.profile, "`kagimori-verifier profile list` shows the profiles.")
-        if vms.get(txn, row.vm_id) is not None:
-            raise exists("VM", row.vm_id, f"`kagimori-verifier vm show {row.vm_id}` shows it.")
-        vms.add(txn, row)
-        body = {"profile": row.profile, "chips": chips, "purposes": purposes}
-        _record(txn, "vm-added", row.vm_id, body)
-        code: dict[str, Any] = {}
-        if "enrol" in purposes:
-            code = enrolments.shown_code(txn, *enrolling.make_code(txn, row.vm_id, row.created))
+    with opened(options) as (settings, store):
+        recovery = recovery_paper.asked(options, output, settings, store)
+        with store.write() as txn:
+            profile = profiles.get(txn, options.profile)
+            if profile is None:
+                raise unknown(
+                    "profile", options.profile, "`kagimori-verifier profile list` shows the profiles."
+                )
+            if vms.get(txn, row.vm_id) is not None:
+                raise exists("VM", row.vm_id, f"`kagimori-verifier vm show {row.vm_id}` shows it.")
+            vms.add(txn, row)
+            body = {"profile": row.profile, "chips": chips, "purposes": purposes}
+            _record(txn, "vm-added", row.vm_id, body)
+            code: dict[str, Any] = {}
+            if recovery is not None or "enrol" in purposes:
+                wrapped = None if recovery is None else recovery.wrapped_for(row.vm_id)
+                made = enrolling.make_code(txn, row.vm_id, row.created, wrapped_recovery=wrapped)
+                code = enrolments.shown_code(txn, *made)
+    if recovery is not None:
+        recovery_paper.show_new(recovery, options, row.vm_id)
     output.result(
         _shown(row, ()) | ({"enrol": code} if code else {}),
         f"added VM {row.vm_id}",

@@ -9,6 +9,7 @@ from kagimori_verifier import wrapping
 
 UNLOCK_KEY_SIZE: Final = 32
 LABEL_UNLOCK_KEY: Final = b"kagimori/1/unlock-key"
+LABEL_RECOVERY_KEY: Final = b"kagimori/1/recovery-key"
 LABEL_CONFIRM_KEY: Final = b"kagimori/1/confirm-key"
 
 
@@ -31,6 +32,14 @@ class UnlockKeys:
         """Unwrap an unlock key. Raises wrapping.BoxBroken for another KEK, VM, volume or version."""
         return wrapping.unseal(self._kek, LABEL_UNLOCK_KEY, wrapped, _bound_to(vm_id, uuid, version))
 
+    def wrap_recovery_key(self, key: bytes, vm_id: str, code_key: bytes) -> bytes:
+        """Wrap the recovery key of an enrolment, for as long as its code waits; ``code_key`` is the code's public key."""
+        return wrapping.seal(self._kek, LABEL_RECOVERY_KEY, key, _bound_to_code(vm_id, code_key))
+
+    def unwrap_recovery_key(self, wrapped: bytes, vm_id: str, code_key: bytes) -> bytes:
+        """Unwrap the recovery key of an enrolment. Raises wrapping.BoxBroken for another KEK, VM or code."""
+        return wrapping.unseal(self._kek, LABEL_RECOVERY_KEY, wrapped, _bound_to_code(vm_id, code_key))
+
     def wrap_confirm_key(self, key: bytes, session_sha256: bytes) -> bytes:
         """Wrap the key that the last Confirm of a session will be checked with."""
         return wrapping.seal(self._kek, LABEL_CONFIRM_KEY, key, session_sha256)
@@ -42,6 +51,10 @@ class UnlockKeys:
     def __repr__(self) -> str:
         """Show no key."""
         return "UnlockKeys(...)"
+
+
+def _bound_to_code(vm_id: str, code_key: bytes) -> bytes:
+    return vm_id.encode() + b"\x00" + code_key
 
 
 def _bound_to(vm_id: str, uuid: str, version: int) -> bytes:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kagimori_verifier.store.prepared import Prepared
 
 MIGRATIONS: Final = Path(__file__).with_name("migrations")
-SCHEMAS: Final = ("0001", "0002", "0003", "0004")
+SCHEMAS: Final = ("0001", "0002", "0003", "0004", "0005")
 """Every migration, in order; a test holds that alembic says the same."""
 SCHEMA: Final = SCHEMAS[-1]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Final, Literal
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import and_, bindparam, delete, insert, or_, select, update
 
 from kagimori_verifier.store.database import Txn
 from kagimori_verifier.store.prepared import Prepared
@@ -18,13 +18,17 @@ PROVENANCES: Final[tuple[Provenance, ...]] = ("owner-machine", "attested-vm", "u
 
 @dataclass(frozen=True, slots=True)
 class CodeRow:
-    """A VM's code: the key that proofs are held against, its life in seconds since 1970, and the session that used it."""
+    """A VM's code: the key that proofs are held against, its life in seconds since 1970, and the session that used it.
+
+    ``recovery`` is the wrapped recovery key that its enrolment gives, or None.
+    """
 
     vm_id: str
     public_key: bytes
     created: int
     expires: int
     session: str | None
+    recovery: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,12 @@ class EnrolledRow:
     explained: bool
 
 
+_UNUSED: Final = and_(enrol_code.c.session.is_(None), enrol_code.c.expires < bindparam("before"))
+_DROP_OLD: Final = Prepared(
+    update(enrol_code)
+    .where(enrol_code.c.recovery.is_not(None), or_(_UNUSED, enrol_code.c.expires < bindparam("used_before")))
+    .values(recovery=None)
+)
 _OF_VM: Final = Prepared(select(enrolment).where(enrolment.c.vm_id == bindparam("of")))
 
 
@@ -61,6 +71,17 @@ def code(txn: Txn, vm_id: str) -> CodeRow | None:
 def use_code(txn: Txn, vm_id: str, session: str) -> None:
     """Write down which session has used a VM's code."""
     txn.execute(update(enrol_code).where(enrol_code.c.vm_id == vm_id).values(session=session))
+
+
+def drop_recovery(txn: Txn, vm_id: str, session: str) -> None:
+    """Forget the recovery key of a code that this session has used."""
+    where = (enrol_code.c.vm_id == vm_id, enrol_code.c.session == session)
+    txn.execute(update(enrol_code).where(*where).values(recovery=None))
+
+
+def drop_old_recoveries(txn: Txn, before_s: int, used_before_s: int) -> None:
+    """Forget recovery keys of codes that ended before these times: unused, and used."""
+    txn.rows(_DROP_OLD, before=before_s, used_before=used_before_s)
 
 
 def void_codes(txn: Txn) -> None:

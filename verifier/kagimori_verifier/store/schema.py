@@ -101,6 +101,7 @@ enrol_code: Final = Table(
     Column("created", BigInteger, nullable=False),
     Column("expires", BigInteger, nullable=False),
     Column("session", Text),
+    Column("recovery", LargeBinary),
 )
 
 enrolment: Final = Table(
