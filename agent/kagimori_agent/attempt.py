@@ -6,6 +6,7 @@ may get better by itself: a verifier that is away, a challenge that has grown ol
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 OWN_ENTROPY_BYTES: Final = 64
 SENDINGS: Final = 4
-"""How often one evidence is sent: a lost reply costs no new one, and a verifier that is gone not the whole budget."""
+"""How often one evidence is sent, unless no other can be: a lost reply costs no new one, and a verifier that is gone not the whole budget."""
 PROMPT_S: Final = 10.0
 """Seconds in which a host that does not throttle gives a report many times over."""
 _STALE: Final = frozenset({"stale-session", "used-session"})
@@ -156,7 +157,7 @@ def _attempt(  # noqa: PLR0913 - as above
             )
         )
         say("evidence collected, asking for the answer")
-        one, sealed = _answer(challenged, evidence, config.limits, budget, say)
+        one, sealed = _answer(challenged, evidence, config.limits, budget, say, once=prove is not None)
         binding = transcript.answer_binding(t0, one.body, evidence)
         payload = _open(key, attester, sealed, binding)
         return Answered(payload, one.endpoint, sealed.session, binding, payload.confirm_key, hello, evidence)
@@ -212,18 +213,27 @@ def _challenges(
     return agreed
 
 
-def _answer(
-    challenged: list[_Challenged], evidence: bytes, limits: Limits, budget: Budget, say: Callable[[str], None]
+def _answer(  # noqa: PLR0913 - as post, and what other evidence would cost
+    challenged: list[_Challenged],
+    evidence: bytes,
+    limits: Limits,
+    budget: Budget,
+    say: Callable[[str], None],
+    *,
+    once: bool = False,
 ) -> tuple[_Challenged, messages.Sealed]:
     """Ask the verifiers in turn until one gives an answer that is sealed to us.
 
     Who was away is sent the same evidence again: if only its reply was lost, it gives the same answer, whereas other
-    evidence costs another report, and without a TPM finds the one answer of this boot given away.
+    evidence costs another report, and without a TPM finds the one answer of this boot given away. ``once`` says that other
+    evidence would get no answer if this one has arrived, as of an enrolment, whose code it has used: it is sent as long as its
+    session lives.
     """
+    until = time.monotonic() + min(one.challenge.expires_in for one in challenged)
     errors: list[KagimoriError] = []
     backoff = Backoff(limits.backoff_min_s, limits.backoff_max_s)
     waiting = challenged
-    for left in reversed(range(SENDINGS)):
+    for sent in itertools.count(1):
         away: list[_Challenged] = []
         for one in waiting:
             try:
@@ -235,7 +245,8 @@ def _answer(
                 if isinstance(error, NetworkError) and not isinstance(error, _StaleError):
                     away.append(one)
         wait_s = backoff.next_s()
-        if not away or not left or wait_s >= budget.remaining_s():
+        is_last = time.monotonic() + wait_s >= until if once else sent >= SENDINGS
+        if not away or is_last or wait_s >= budget.remaining_s():
             break
         say(f"no answer, sending the same evidence again in {wait_s:.1f} s")
         time.sleep(wait_s)

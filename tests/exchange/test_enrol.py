@@ -13,11 +13,12 @@ import pytest
 from tests.installed import PASSPHRASE, Installed, in_base64, opens, quiet, slots
 from tests.worlds import VM
 
-from kagimori_agent import config, confirm, enrol, host_doors, keyslots
+from kagimori_agent import attempt, config, confirm, enrol, exchange, host_doors, keyslots
 from kagimori_agent.attempt import attest
+from kagimori_agent.budget import Backoff
 from kagimori_agent.unlock import dry_run, unlock
-from kagimori_protocol import luks2_change
-from kagimori_protocol.errors import DiskError, OperatorError, Refused, UsageError
+from kagimori_protocol import luks2_change, messages
+from kagimori_protocol.errors import DiskError, NetworkError, OperatorError, Refused, UsageError
 from kagimori_simulator.world import VerifierAt
 from kagimori_verifier.store import vms
 
@@ -72,6 +73,28 @@ def test_a_code_is_good_once_and_a_refusal_changes_no_disk(installed: Installed)
             installed.enrol(toml, code)
     assert "enrol.code" in str(caught.value)
     assert before == [one.device.read_bytes() for one in installed.volumes]
+
+
+def test_a_code_survives_a_network_that_loses_every_answer_for_a_while(
+    installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verifier has used it, and gives the same evidence the same keys as long as the session lives."""
+    post, lost = exchange.post, [0]
+
+    def losing(endpoint: exchange.Endpoint, path: str, body: bytes, **limits: Any) -> exchange.Reply:  # noqa: ANN401 - post's
+        reply = post(endpoint, path, body, **limits)
+        if path == messages.PATH_RELEASE and lost[0] < 2 * attempt.SENDINGS:
+            lost[0] += 1
+            raise NetworkError("home: no answer in time.", code="network.timeout")
+        return reply
+
+    monkeypatch.setattr(exchange, "post", losing)
+    monkeypatch.setattr(Backoff, "next_s", lambda _: 0.01)
+    with installed.booted() as (_, toml):
+        assert installed.enrol(toml, installed.code()).confirmed
+    assert lost == [2 * attempt.SENDINGS]
+    assert [slots(one.device) for one in installed.volumes] == [["1"], ["1"]]
+    assert installed.owner.events().count("released") == 1
 
 
 def test_an_agent_toml_of_the_hosts_is_found_out_by_the_code(installed: Installed) -> None:

@@ -29,7 +29,7 @@ LATE = b""
 class _Verifiers:
     """Replies of verifiers by name, one for each request; the last one for all that follow."""
 
-    def __init__(self, **replies: list[bytes | None]) -> None:
+    def __init__(self, expires_in: int = 300, **replies: list[bytes | None]) -> None:
         self.asked: list[tuple[str, bytes]] = []
         self._replies: dict[str, Iterator[bytes | None]] = {
             name: _and_so_on(each) for name, each in replies.items()
@@ -40,7 +40,11 @@ class _Verifiers:
                 bytes(32),
                 b"challenge",
                 messages.Challenge(
-                    version=1, session=b"token", nonce=bytes(32), expires_in=300, pcr_selection=bytes(4)
+                    version=1,
+                    session=b"token",
+                    nonce=bytes(32),
+                    expires_in=expires_in,
+                    pcr_selection=bytes(4),
                 ),
             )
             for name in replies
@@ -63,12 +67,14 @@ def _and_so_on(replies: list[bytes | None]) -> Iterator[bytes | None]:
 
 
 def _answer(
-    monkeypatch: pytest.MonkeyPatch, verifiers: _Verifiers, budget_s: float = math.inf
+    monkeypatch: pytest.MonkeyPatch, verifiers: _Verifiers, budget_s: float = math.inf, *, once: bool = False
 ) -> str | KagimoriError:
     """Ask; give the name of who answered, or the error."""
     monkeypatch.setattr(exchange, "post", verifiers.post)
     try:
-        one, _ = attempt._answer(verifiers.challenged, EVIDENCE, LIMITS, Budget(budget_s), lambda _: None)
+        one, _ = attempt._answer(
+            verifiers.challenged, EVIDENCE, LIMITS, Budget(budget_s), lambda _: None, once=once
+        )
     except KagimoriError as error:
         return error
     return one.endpoint.name
@@ -141,3 +147,28 @@ def test_the_last_attempt_tells_of_the_one_before(monkeypatch: pytest.MonkeyPatc
         attempt.attest(config, None, "unlock", Budget(60), lambda _: None)  # type: ignore[arg-type]  # only its limits are read
     assert caught.value.code == "budget.spent"
     assert "home: no answer in time." in str(caught.value.found)
+
+
+def test_an_enrolments_evidence_is_sent_as_long_as_its_session_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code is spent with the first that arrived: other evidence finds it used, and the same is answered still."""
+    many: list[bytes | None] = [LOST] * (3 * attempt.SENDINGS)
+    verifiers = _Verifiers(home=[*many, SEALED])
+    assert _answer(monkeypatch, verifiers, once=True) == "home"
+    assert verifiers.asked == [("home", EVIDENCE)] * (len(many) + 1)
+
+
+def test_a_session_that_has_ended_and_a_budget_that_is_spent_end_an_enrolments_sendings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing would be answered any more."""
+    verifiers = _Verifiers(expires_in=1, home=[LOST])
+    error = _answer(monkeypatch, verifiers, once=True)
+    assert isinstance(error, NetworkError)
+    assert error.code == "network.timeout"
+    assert len(verifiers.asked) > attempt.SENDINGS
+    verifiers = _Verifiers(home=[LOST, STALE])
+    error = _answer(monkeypatch, verifiers, once=True)
+    assert isinstance(error, NetworkError)
+    assert len(verifiers.asked) == 2
+    verifiers = _Verifiers(home=[LOST])
+    assert isinstance(_answer(monkeypatch, verifiers, budget_s=0.2, once=True), NetworkError)
