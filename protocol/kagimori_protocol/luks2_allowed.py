@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kagimori_protocol.luks2_layout import BINARY_SIZE, LuksHeader, refusal, require_object, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4}){0,32}(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", re.ASCII)
 _DECIMAL: Final = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
@@ -58,7 +61,7 @@ def check(header: LuksHeader, device_size: int) -> LuksHeader:
 
     ``device_size`` is in bytes. Raises DiskError, naming what is not.
     """
-    top = _members(header.json, "the header", {"keyslots", "tokens", "segments", "digests", "config"})
+    top = members(header.json, "the header", {"keyslots", "tokens", "segments", "digests", "config"})
     _check_config(header, top["config"])
     segment_at = _check_segment(header, require_object(top["segments"], "segments"), device_size)
     keyslots = require_object(top["keyslots"], "keyslots")
@@ -67,9 +70,10 @@ def check(header: LuksHeader, device_size: int) -> LuksHeader:
     for name, keyslot in keyslots.items():
         if not _DECIMAL.fullmatch(name) or int(name) >= MAX_KEYSLOTS:
             raise refusal("luks.keyslots", f"keyslots 0 to {MAX_KEYSLOTS - 1}", shown(name))
-        _check_keyslot(f"keyslot {name}", keyslot, volume_key_size(header))
-    _check_places(header, keyslots, segment_at)
-    _check_tokens(keyslots, top["tokens"])
+        check_keyslot(f"keyslot {name}", keyslot, volume_key_size(header))
+    least = volume_key_size(header) * STRIPES
+    check_places(header, [(*area_of(one), least, MAX_AREA) for one in keyslots.values()], segment_at)
+    check_tokens(keyslots, top["tokens"])
     _check_digest(keyslots, require_object(top["digests"], "digests"))
     return header
 
@@ -104,9 +108,14 @@ def _check_config(header: LuksHeader, value: object) -> None:
                 shown(config[name]),
                 "Finish a re-encryption, or drop persistent flags with `cryptsetup refresh --persistent`.",
             )
-    config = _members(config, "config", {"json_size", "keyslots_size"}, {"flags", "requirements"})
-    _equal("config.json_size", config["json_size"], str(header.size - BINARY_SIZE))
-    if _decimal("config.keyslots_size", config["keyslots_size"]) > MAX_KEYSLOTS_SIZE:
+    check_sizes(header, config)
+
+
+def check_sizes(header: LuksHeader, value: object) -> None:
+    """Require of ``config`` what it says of sizes, and no unknown members; flags and requirements are not looked at."""
+    config = members(value, "config", {"json_size", "keyslots_size"}, {"flags", "requirements"})
+    equal("config.json_size", config["json_size"], str(header.size - BINARY_SIZE))
+    if decimal("config.keyslots_size", config["keyslots_size"]) > MAX_KEYSLOTS_SIZE:
         raise refusal("luks.area", f"keyslots of at most {MAX_KEYSLOTS_SIZE} bytes", config["keyslots_size"])
 
 
@@ -114,7 +123,7 @@ def _check_segment(header: LuksHeader, segments: dict[str, Any], device_size: in
     if list(segments) != ["0"]:
         raise refusal("luks.segments", "exactly one segment, 0", shown(list(segments)))
     segment = require_object(segments["0"], "segment 0")
-    _equal("segment 0: type", segment.get("type"), "crypt")
+    equal("segment 0: type", segment.get("type"), "crypt")
     if "flags" in segment:
         raise refusal("luks.segment-flags", "a segment without flags", shown(segment["flags"]))
     if segment.get("integrity", INTEGRITY) != INTEGRITY:
@@ -123,36 +132,38 @@ def _check_segment(header: LuksHeader, segments: dict[str, Any], device_size: in
             "a segment without integrity, or with that of `cryptsetup luksFormat --integrity hmac-sha256`",
             shown(segment["integrity"]),
         )
-    _members(
+    members(
         segment,
         "segment 0",
         {"type", "offset", "size", "iv_tweak", "encryption", "sector_size"},
         {"integrity"},
     )
-    _allowed_cipher("segment 0", segment["encryption"])
-    offset = _decimal("segment 0: offset", segment["offset"])
+    allowed_cipher("segment 0", segment["encryption"])
+    offset = decimal("segment 0: offset", segment["offset"])
     if offset < 2 * header.size:
         raise refusal("luks.value", "a segment after the header", shown(segment["offset"]))
-    _equal("segment 0: size", segment["size"], "dynamic")
-    _equal("segment 0: iv_tweak", segment["iv_tweak"], "0")
-    sector_size = _one_of("segment 0: sector_size", segment["sector_size"], SECTOR_SIZES)
+    equal("segment 0: size", segment["size"], "dynamic")
+    equal("segment 0: iv_tweak", segment["iv_tweak"], "0")
+    sector_size = one_of("segment 0: sector_size", segment["sector_size"], SECTOR_SIZES)
     if offset % SECTOR or offset + int(str(sector_size)) > device_size:
         raise refusal("luks.area", f"a segment within a device of {device_size} bytes", f"one at {offset}")
     return offset
 
 
-def _check_places(header: LuksHeader, keyslots: dict[str, Any], segment_at: int) -> None:
-    """Require that every area lies between header and segment, and on no other."""
+def check_places(header: LuksHeader, areas: Iterable[tuple[int, int, int, int]], segment_at: int) -> None:
+    """Require that every area lies between header and segment, and on no other.
+
+    Each is given by its offset and size, and the least and the most that this may be.
+    """
     end = keyslots_end(header)
     if end > segment_at:
         raise refusal(
             "luks.area", f"keyslots that end before the segment, at {segment_at}", f"an end at {end}"
         )
     free_from = 2 * header.size
-    least = volume_key_size(header) * STRIPES
-    for offset, size in sorted(area_of(keyslot) for keyslot in keyslots.values()):
-        if not least <= size <= MAX_AREA:
-            raise refusal("luks.area", f"a keyslot's area of {least} to {MAX_AREA} bytes", f"{size} bytes")
+    for offset, size, least, most in sorted(areas):
+        if not least <= size <= most:
+            raise refusal("luks.area", f"a keyslot's area of {least} to {most} bytes", f"{size} bytes")
         if offset < free_from or offset + size > end:
             raise refusal(
                 "luks.area",
@@ -162,7 +173,7 @@ def _check_places(header: LuksHeader, keyslots: dict[str, Any], segment_at: int)
         free_from = offset + size
 
 
-def _check_tokens(keyslots: dict[str, Any], value: object) -> None:
+def check_tokens(keyslots: dict[str, Any], value: object) -> None:
     """Allow tokens of ours alone, at most one for a keyslot, and none that cryptsetup would use by itself.
 
     cryptsetup tries tokens before the key that it is given, and a keyring token's success passes for the key's. It keeps a
@@ -179,12 +190,12 @@ def _check_tokens(keyslots: dict[str, Any], value: object) -> None:
                 "Remove it with `cryptsetup token remove`, after a look at what made it.",
             )
         of = f"token {shown(name)}"
-        members = _members(token, of, {"type", "keyslots", "epoch", "mac"})
-        if _decimal(f"{of}: epoch", members["epoch"]) < 1:
-            raise refusal("luks.tokens", f"{of}: an epoch from 1", shown(members["epoch"]))
-        if not isinstance(members["mac"], str) or not _MAC_FORM.fullmatch(members["mac"]):
-            raise refusal("luks.tokens", f"{of}: a MAC of 64 hex digits", shown(members["mac"]))
-        slots = members["keyslots"]
+        said = members(token, of, {"type", "keyslots", "epoch", "mac"})
+        if decimal(f"{of}: epoch", said["epoch"]) < 1:
+            raise refusal("luks.tokens", f"{of}: an epoch from 1", shown(said["epoch"]))
+        if not isinstance(said["mac"], str) or not _MAC_FORM.fullmatch(said["mac"]):
+            raise refusal("luks.tokens", f"{of}: a MAC of 64 hex digits", shown(said["mac"]))
+        slots = said["keyslots"]
         if (
             not isinstance(slots, list)
             or len(slots) > 1
@@ -196,30 +207,31 @@ def _check_tokens(keyslots: dict[str, Any], value: object) -> None:
         raise refusal("luks.tokens", "at most one token for a keyslot", f"tokens for {shown(sorted(tied))}")
 
 
-def _check_keyslot(name: str, value: object, key_size: int) -> None:
+def check_keyslot(name: str, value: object, key_size: int) -> None:
+    """Require a keyslot of the type luks2, for a volume key of this size."""
     keyslot = require_object(value, name)
-    _equal(f"{name}: type", keyslot.get("type"), "luks2")
-    _members(keyslot, name, {"type", "key_size", "af", "area", "kdf"}, {"priority"})
-    _equal(f"{name}: key_size", keyslot["key_size"], key_size)
-    _one_of(f"{name}: priority", keyslot.get("priority", 1), frozenset({0, 1, 2}))
-    area = _members(keyslot["area"], f"{name}: area", {"type", "offset", "size", "encryption", "key_size"})
-    _equal(f"{name}: area.type", area["type"], "raw")
-    _allowed_cipher(name, area["encryption"])
-    _equal(f"{name}: area.key_size", area["key_size"], KEY_SIZE)
-    _decimal(f"{name}: area.offset", area["offset"])
-    _decimal(f"{name}: area.size", area["size"])
-    af = _members(keyslot["af"], f"{name}: af", {"type", "stripes", "hash"})
-    _equal(f"{name}: af.type", af["type"], "luks1")
-    _equal(f"{name}: af.stripes", af["stripes"], STRIPES)
-    _one_of(f"{name}: af.hash", af["hash"], HASHES)
+    equal(f"{name}: type", keyslot.get("type"), "luks2")
+    members(keyslot, name, {"type", "key_size", "af", "area", "kdf"}, {"priority"})
+    equal(f"{name}: key_size", keyslot["key_size"], key_size)
+    one_of(f"{name}: priority", keyslot.get("priority", 1), frozenset({0, 1, 2}))
+    area = members(keyslot["area"], f"{name}: area", {"type", "offset", "size", "encryption", "key_size"})
+    equal(f"{name}: area.type", area["type"], "raw")
+    allowed_cipher(name, area["encryption"])
+    equal(f"{name}: area.key_size", area["key_size"], KEY_SIZE)
+    decimal(f"{name}: area.offset", area["offset"])
+    decimal(f"{name}: area.size", area["size"])
+    af = members(keyslot["af"], f"{name}: af", {"type", "stripes", "hash"})
+    equal(f"{name}: af.type", af["type"], "luks1")
+    equal(f"{name}: af.stripes", af["stripes"], STRIPES)
+    one_of(f"{name}: af.hash", af["hash"], HASHES)
     kdf = require_object(keyslot["kdf"], f"{name}: kdf")
-    kind = _one_of(f"{name}: kdf.type", kdf.get("type"), frozenset(KDFS))
-    _members(kdf, f"{name}: kdf", KDFS[str(kind)])
-    _one_of(f"{name}: kdf.hash", kdf.get("hash", "sha256"), HASHES)
-    _base64_of(f"{name}: kdf.salt", kdf["salt"], frozenset({SALT_SIZE}))
+    kind = one_of(f"{name}: kdf.type", kdf.get("type"), frozenset(KDFS))
+    members(kdf, f"{name}: kdf", KDFS[str(kind)])
+    one_of(f"{name}: kdf.hash", kdf.get("hash", "sha256"), HASHES)
+    base64_of(f"{name}: kdf.salt", kdf["salt"], frozenset({SALT_SIZE}))
     # Costs are hardly bounded from below: an unlock key is 32 random bytes, and no KDF makes it better or worse.
     for cost in KDFS[str(kind)] - {"type", "salt", "hash"}:
-        _number(f"{name}: kdf.{cost}", kdf[cost], 1)
+        number(f"{name}: kdf.{cost}", kdf[cost], 1)
 
 
 def _check_digest(keyslots: dict[str, Any], digests: dict[str, Any]) -> None:
@@ -229,42 +241,50 @@ def _check_digest(keyslots: dict[str, Any], digests: dict[str, Any]) -> None:
     """
     if list(digests) != ["0"]:
         raise refusal("luks.digests", "exactly one digest, 0", shown(list(digests)))
-    names = {"type", "keyslots", "segments", "hash", "iterations", "salt", "digest"}
-    digest = _members(digests["0"], "digest 0", names)
-    _equal("digest 0: type", digest["type"], "pbkdf2")
-    of = _one_of("digest 0: hash", digest["hash"], HASHES)
-    _base64_of("digest 0: digest", digest["digest"], DIGEST_SIZES[str(of)])
-    _base64_of("digest 0: salt", digest["salt"], frozenset({SALT_SIZE}))
-    _number("digest 0: iterations", digest["iterations"], MIN_ITERATIONS)
-    _equal("digest 0: segments", digest["segments"], ["0"])
-    tied = digest["keyslots"]
-    if (
-        not isinstance(tied, list)
-        or not all(isinstance(one, str) for one in tied)
-        or sorted(tied) != sorted(keyslots)
-    ):
-        raise refusal("luks.digests", f"a digest of keyslots {shown(sorted(keyslots))}", shown(tied))
+    digest = check_digest("digest 0", digests["0"])
+    equal("digest 0: segments", digest["segments"], ["0"])
+    if sorted(digest["keyslots"]) != sorted(keyslots):
+        raise refusal(
+            "luks.digests", f"a digest of keyslots {shown(sorted(keyslots))}", shown(digest["keyslots"])
+        )
 
 
-def _members(
+def check_digest(name: str, value: object) -> dict[str, Any]:
+    """Require the form of one digest; gives it. What it ties is not looked at, but that it names that."""
+    digest = members(value, name, {"type", "keyslots", "segments", "hash", "iterations", "salt", "digest"})
+    equal(f"{name}: type", digest["type"], "pbkdf2")
+    of = one_of(f"{name}: hash", digest["hash"], HASHES)
+    base64_of(f"{name}: digest", digest["digest"], DIGEST_SIZES[str(of)])
+    base64_of(f"{name}: salt", digest["salt"], frozenset({SALT_SIZE}))
+    number(f"{name}: iterations", digest["iterations"], MIN_ITERATIONS)
+    for tied in ("keyslots", "segments"):
+        names = digest[tied]
+        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            raise refusal("luks.digests", f"{name}: {tied} by their names", shown(names))
+    return digest
+
+
+def members(
     value: object,
     name: str,
     required: frozenset[str] | set[str],
     optional: frozenset[str] | set[str] = frozenset(),
 ) -> dict[str, Any]:
-    members = require_object(value, name)
-    missing = sorted(required - set(members))
-    unknown = sorted(set(members) - required - optional)
+    """Require an object of these members and no others; gives it."""
+    found = require_object(value, name)
+    missing = sorted(required - set(found))
+    unknown = sorted(set(found) - required - optional)
     if missing or unknown:
         raise refusal(
             "luks.members",
             f"{name} with exactly {', '.join(sorted(required))}",
             f"missing: {shown(missing)}, unknown: {shown(unknown)}",
         )
-    return members
+    return found
 
 
-def _allowed_cipher(name: str, value: object) -> None:
+def allowed_cipher(name: str, value: object) -> None:
+    """Require a cipher of the list."""
     if not isinstance(value, str) or value not in ENCRYPTIONS:
         raise refusal(
             "luks.cipher",
@@ -274,19 +294,21 @@ def _allowed_cipher(name: str, value: object) -> None:
         )
 
 
-def _equal(name: str, value: object, expected: object) -> None:
+def equal(name: str, value: object, expected: object) -> None:
+    """Require this value, of this type."""
     # Types too: True is no 1 in JSON.
     if type(value) is not type(expected) or value != expected:
         raise refusal("luks.value", f"{name} {shown(expected)}", shown(value))
 
 
-def _one_of(name: str, value: object, allowed: frozenset[Any]) -> object:
+def one_of(name: str, value: object, allowed: frozenset[Any]) -> object:
+    """Require one of these values; gives it."""
     if not isinstance(value, (str, int)) or isinstance(value, bool) or value not in allowed:
         raise refusal("luks.value", f"{name} of {shown(sorted(allowed))}", shown(value))
     return value
 
 
-def _base64_of(name: str, value: object, sizes: frozenset[int]) -> None:
+def base64_of(name: str, value: object, sizes: frozenset[int]) -> None:
     """Require the one text (RFC 4648, section 4) of bytes of one of these sizes."""
     expected = f"{name} as base64 of {' or '.join(map(str, sorted(sizes)))} bytes"
     if not isinstance(value, str) or not _BASE64.fullmatch(value):
@@ -296,12 +318,14 @@ def _base64_of(name: str, value: object, sizes: frozenset[int]) -> None:
         raise refusal("luks.value", expected, shown(value))
 
 
-def _number(name: str, value: object, least: int) -> None:
+def number(name: str, value: object, least: int) -> None:
+    """Require an integer from ``least`` on."""
     if type(value) is not int or not least <= value <= MAX_COST:
         raise refusal("luks.value", f"{name} from {least} to {MAX_COST}", shown(value))
 
 
-def _decimal(name: str, value: object) -> int:
+def decimal(name: str, value: object) -> int:
+    """Require a number in a string, as the specification writes those of 64 bits; gives it."""
     if not isinstance(value, str) or not _DECIMAL.fullmatch(value):
         raise refusal("luks.value", f"{name} as a decimal number in a string", shown(value))
     return int(value)
