@@ -98,7 +98,7 @@ def declare(verb: Callable[[str, Any, str, str], argparse.ArgumentParser]) -> No
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    from kagimori_agent import enrol, memory
+    from kagimori_agent import enrol, header_mirror, memory
     from kagimori_agent.config import load
     from kagimori_agent.enrol_volumes import chosen
     from kagimori_protocol.enrol_code import EnrolCode
@@ -118,6 +118,8 @@ def run(options: argparse.Namespace) -> int:
         )
         return 0
     code = EnrolCode.parse(secrets.code())
+    if options.reencrypt:
+        header_mirror.remove_left()
     volumes = [volume for volume, _ in chosen(config, options.device, options.volume)]
     enrol.narrowed(config, code, volumes)
     enrol.require_closed(volumes, options.system)

@@ -66,10 +66,18 @@ class Disk:
         """Keep the header as it was in the new file ``kept``, then write. Raises DiskError, OperatorError."""
         keep(change, kept)
         luks2_change.require_unchanged(change, self.read)
+        self.put(
+            change.writes,
+            f"It opens as before. If not: cryptsetup luksHeaderRestore --header-backup-file {kept} {self.path}",
+        )
+
+    def put(self, writes: Pieces, todo: str) -> None:
+        """Write, one after the other, so that each would outlive a power cut; ``todo`` is for who cannot. Raises DiskError."""
         try:
             file = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
             try:
-                luks2_change.apply(change, lambda offset, data: _write(file, offset, data))
+                for offset, data in writes:
+                    write(file, offset, data)
             finally:
                 os.close(file)
         except OSError as error:
@@ -78,7 +86,7 @@ class Disk:
                 code="enrol.write",
                 expected="a device that can be written",
                 found=str(error.strerror),
-                todo=f"It opens as before. If not: cryptsetup luksHeaderRestore --header-backup-file {kept} {self.path}",
+                todo=todo,
             ) from error
 
 
@@ -242,7 +250,7 @@ def words(done: subprocess.CompletedProcess[bytes]) -> str:
     return f"{meaning}: {said}" if said else meaning
 
 
-def _write(file: int, offset: int, data: bytes) -> None:
+def write(file: int, offset: int, data: bytes) -> None:
     """Write so that it would outlive a power cut."""
     rest = memoryview(data)
     while rest:

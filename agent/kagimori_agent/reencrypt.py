@@ -17,28 +17,30 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+import subprocess
+from typing import TYPE_CHECKING, Final
 
-from kagimori_agent import keyslots
-from kagimori_agent.luks import cryptsetup
+from kagimori_agent import header_mirror, keyslots, signals
+from kagimori_agent.luks import ENVIRONMENT, cryptsetup
+from kagimori_protocol import luks2_settle, luks2_under_way
 from kagimori_protocol.errors import DiskError, OperatorError
 from kagimori_protocol.luks2_allowed import KEY_SIZE, has_integrity
-from kagimori_protocol.luks2_layout import LuksHeader, build, copies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from kagimori_agent.config import Volume
+    from kagimori_agent.header_mirror import Mirror
+    from kagimori_protocol.luks2_change import Image
 
 RESILIENCE: Final = ("--resilience", "checksum")
 """Each block that is being changed has a checksum in the header first, so that a crash in it is repaired."""
 NEW_KEY_SINCE_2_8: Final = "--new-volume-key-file"
 """Before, ``--volume-key-file`` named the new key; since then it names the key that the volume has."""
 NEW_KEY_BEFORE: Final = "--volume-key-file"
-_UNDER_WAY: Final = "online-reencrypt"
-"""How cryptsetup's mark of a reencryption begins, in ``config.requirements.mandatory``; its version follows."""
+WATCH_S: Final = 2
+"""How often it is looked whether the disk still takes the header."""
 
 
 def renew(
@@ -54,6 +56,13 @@ def renew(
     for _, device in volumes:
         require_possible(device)
     secrets = {volume.uuid: secret(volume, device) for volume, device in volumes}
+    with signals.in_order():
+        return _renewed(volumes, secrets, say)
+
+
+def _renewed(
+    volumes: Sequence[tuple[Volume, Path]], secrets: dict[str, bytes], say: Callable[[str], None]
+) -> dict[str, bytes]:
     if begun := [volume for volume, device in volumes if end_begun(device, secrets[volume.uuid], say)]:
         raise OperatorError(
             "A reencryption that an earlier run had begun is ended. Nothing is enrolled yet, and no code was spent.",
@@ -72,96 +81,57 @@ def reencrypt(device: Path, passphrase: bytes, say: Callable[[str], None]) -> by
     The passphrase opens the volume then, too.
     """
     require_possible(device)
-    _tidy(device)
-    slot = _slot(device, passphrase)
+    tidy(device)
+    with keyslots.opened(device) as disk:
+        image = disk.load()
+    slot = keyslots.opens(image, passphrase)
+    if slot is None:
+        raise DiskError(
+            f"{device} does not open with what was given.",
+            code="enrol.passphrase",
+            expected="a passphrase or key of one of its keyslots",
+            found="one that opens none",
+        )
+    say(f"{device}: gets a new volume key; the VM must not reboot before this has ended")
     key = os.urandom(KEY_SIZE)
     reader, writer = os.pipe()
     try:
         os.write(writer, key)  # so few bytes fit any pipe
         os.close(writer)
         words = ["--key-slot", slot, *_new_key_option(), f"/proc/self/fd/{reader}"]
-        _run(device, passphrase, words, (reader,), say)
+        _run(device, image, passphrase, words, (reader,))
     finally:
         os.close(reader)
+    say(f"{device}: has a new volume key")
     return key
 
 
 def end_begun(device: Path, passphrase: bytes, say: Callable[[str], None]) -> bool:
-    """End a reencryption that is under way; tell whether there was one. Raises DiskError."""
+    """End a reencryption that is under way; tell whether there was one. Raises DiskError.
+
+    What is under way is what the header says, and the host writes that: it is judged before cryptsetup does as it says.
+    """
+    tidy(device)
     with keyslots.opened(device) as disk:
-        if not _is_under_way(disk):
-            return False
-    _run(device, passphrase, ["--resume-only"], (), say)
+        image = luks2_under_way.load(disk.read, disk.size)
+    if image is None:
+        return False
+    say(
+        f"{device}: a reencryption that somebody had begun goes on; the VM must not reboot before it has ended"
+    )
+    _run(device, image, passphrase, ["--resume-only"], ())
+    say(f"{device}: a reencryption that somebody had begun is ended")
     return True
 
 
-def _run(
-    device: Path, passphrase: bytes, words: list[str], pass_fds: tuple[int, ...], say: Callable[[str], None]
-) -> None:
-    say(f"{device}: gets a new volume key; the VM must not reboot before this has ended")
-    # Without a block device there is no mapping that cryptsetup could look for.
-    offline = [] if stat.S_ISBLK(_mode(device)) else ["--force-offline-reencrypt"]
-    command = [
-        *(str(cryptsetup()), "reencrypt", "--batch-mode", "--type", "luks2"),
-        *(*RESILIENCE, *offline, *words, "--key-file", "-", str(device)),
-    ]
-    done = keyslots.call(command, passphrase, pass_fds, timeout_s=None)
-    if done.returncode:
-        raise DiskError(
-            f"{device} was not reencrypted to its end.",
-            code="enrol.reencrypt",
-            expected="cryptsetup to end it",
-            found=keyslots.words(done),
-            todo="The passphrase opens it as before. Run the same command again: it ends what was begun.",
-        )
-    renumber(device)
-    say(f"{device}: has a new volume key")
-
-
-def _new_key_option() -> tuple[str, ...]:
-    """Name the option by which this cryptsetup takes the key that a volume gets."""
-    known = keyslots.call([str(cryptsetup()), "--help"], b"").stdout
-    if NEW_KEY_SINCE_2_8.encode() in known:
-        return "--new-key-size", str(8 * KEY_SIZE), NEW_KEY_SINCE_2_8
-    return (NEW_KEY_BEFORE,)
-
-
-def _tidy(device: Path) -> None:
+def tidy(device: Path) -> None:
     """Take away what a run has left that was killed before cryptsetup had begun, or as it ended. Raises DiskError.
 
-    That is a keyslot of a volume key that no data is under: the new one, or the old one.
+    An agent allows what a fresh volume has. The header as it was is not kept: one copy of it is whole at every moment, and
+    opens the volume by the same.
     """
     with keyslots.opened(device) as disk:
-        digests = _newest(disk).get("digests")
-    tied = digests.values() if isinstance(digests, dict) else ()
-    unused = [one for one in tied if isinstance(one, dict) and one.get("segments") == []]
-    named = [slot for one in unused if isinstance(one.get("keyslots"), list) for slot in one["keyslots"]]
-    for slot in [slot for slot in named if isinstance(slot, str) and slot.isdecimal()]:
-        command = [str(cryptsetup()), "luksKillSlot", "--batch-mode", "--", str(device), slot]
-        done = keyslots.call(command, b"")
-        if done.returncode:
-            raise DiskError(
-                f"{device} has a keyslot that a reencryption has left.",
-                code="enrol.leftover",
-                expected="cryptsetup to remove it",
-                found=keyslots.words(done),
-                todo=f"See what it is, then: cryptsetup luksKillSlot {device} {slot}.",
-            )
-    renumber(device)
-
-
-def _is_under_way(disk: keyslots.Disk) -> bool:
-    """Tell whether the newest copy of a header says that the volume is being reencrypted."""
-    config = _newest(disk).get("config")
-    requirements = config.get("requirements") if isinstance(config, dict) else None
-    mandatory = requirements.get("mandatory") if isinstance(requirements, dict) else None
-    return isinstance(mandatory, list) and any(str(one).startswith(_UNDER_WAY) for one in mandatory)
-
-
-def _newest(disk: keyslots.Disk) -> Mapping[str, Any]:
-    """Give the JSON of the newest copy of a header, of which nothing is verified; empty where there is none."""
-    found = [copy for copy in copies(disk.read) if isinstance(copy, LuksHeader)]
-    return max(found, key=lambda one: one.seqid).json if found else {}
+        disk.put(luks2_settle.tidied(disk.read, disk.size, keyslots.salts()), "Run the same command again.")
 
 
 def require_possible(device: Path) -> None:
@@ -182,38 +152,77 @@ def require_possible(device: Path) -> None:
         )
 
 
-def renumber(device: Path) -> None:
-    """Give the one digest of a header the number 0, which cryptsetup has not left it. Raises DiskError.
-
-    An agent allows what a fresh volume has. Both copies are written, one after the other, as for any other change.
-    """
+def _run(device: Path, image: Image, passphrase: bytes, words: list[str], pass_fds: tuple[int, ...]) -> None:
+    """Let cryptsetup work on a volume by the header that was judged, and by no other. Raises DiskError, ImageError."""
+    command = [str(cryptsetup()), "reencrypt", "--batch-mode", "--type", "luks2", *RESILIENCE, *words]
+    command += ["--key-file", "-"]
+    if stat.S_ISBLK(_mode(device)):
+        with header_mirror.mirrored(device, image) as mirror:
+            command += ["--header", str(mirror.path), str(device)]
+            _require_ended(device, _watched(command, passphrase, (*pass_fds, mirror.hold), mirror))
+        return
+    # A file is of whoever runs this: no host can change it between two looks, so that cryptsetup may read it itself. And there
+    # is no mapping that it could look for.
     with keyslots.opened(device) as disk:
-        found = [copy for copy in copies(disk.read) if isinstance(copy, LuksHeader)]
-        if not found:
-            disk.load()  # raises what is wrong with it
-        header = max(found, key=lambda one: one.seqid)
-        digests = header.json.get("digests")
-        if not isinstance(digests, dict) or len(digests) != 1 or "0" in digests:
-            return
-        (digest,) = digests.values()
-        document = {**header.json, "digests": {"0": digest}}
-        raw = build(replace(header, json=document, seqid=header.seqid + 1, offset=0), keyslots.salts())
-    try:
-        file = os.open(device, os.O_WRONLY | os.O_CLOEXEC)
+        judged = luks2_settle.rebuilt(image, keyslots.salts())
+        disk.put(luks2_settle.settled(judged), "Run the same command again.")
+    command += ["--force-offline-reencrypt", str(device)]
+    _require_ended(device, _watched(command, passphrase, pass_fds, None))
+    tidy(device)
+
+
+def _watched(
+    command: list[str], passphrase: bytes, pass_fds: tuple[int, ...], mirror: Mirror | None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run cryptsetup for as long as it takes; a write of the header that does not reach the disk ends it.
+
+    Told to end, it has cryptsetup stop after the blocks that it is at: its header is as on the disk then.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        pass_fds=pass_fds,
+    ) as process:
         try:
-            for offset in (header.size, 0):
-                os.pwrite(file, raw[offset : offset + header.size], offset)
-                os.fsync(file)
-        finally:
-            os.close(file)
-    except OSError as error:
+            messages = _messages(process, passphrase, mirror)
+        except BaseException:
+            process.terminate()
+            _messages(process, None, mirror)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, b"", messages)
+
+
+def _messages(process: subprocess.Popen[bytes], given: bytes | None, mirror: Mirror | None) -> bytes:
+    """Wait for the end of cryptsetup; gives what it has said."""
+    while True:
+        try:
+            return process.communicate(given, timeout=WATCH_S)[1]
+        except subprocess.TimeoutExpired:
+            given = None  # it has that by now
+            if mirror is not None and mirror.broken():
+                mirror.fail()
+
+
+def _require_ended(device: Path, done: subprocess.CompletedProcess[bytes]) -> None:
+    if done.returncode:
         raise DiskError(
-            f"{device} cannot be written.",
-            code="enrol.write",
-            expected="a device that can be written",
-            found=str(error.strerror),
-            todo="Run the same command again.",
-        ) from error
+            f"{device} was not reencrypted to its end.",
+            code="enrol.reencrypt",
+            expected="cryptsetup to end it",
+            found=keyslots.words(done),
+            todo="The passphrase opens it as before. Run the same command again: it ends what was begun.",
+        )
+
+
+def _new_key_option() -> tuple[str, ...]:
+    """Name the option by which this cryptsetup takes the key that a volume gets."""
+    known = keyslots.call([str(cryptsetup()), "--help"], b"").stdout
+    if NEW_KEY_SINCE_2_8.encode() in known:
+        return "--new-key-size", str(8 * KEY_SIZE), NEW_KEY_SINCE_2_8
+    return (NEW_KEY_BEFORE,)
 
 
 def _mode(device: Path) -> int:
@@ -226,18 +235,3 @@ def _mode(device: Path) -> int:
             expected="a device or image with a LUKS2 header",
             found=str(error.strerror),
         ) from error
-
-
-def _slot(device: Path, passphrase: bytes) -> str:
-    """Give the keyslot that is kept."""
-    with keyslots.opened(device) as disk:
-        image = disk.load()
-    slot = keyslots.opens(image, passphrase)
-    if slot is None:
-        raise DiskError(
-            f"{device} does not open with what was given.",
-            code="enrol.passphrase",
-            expected="a passphrase or key of one of its keyslots",
-            found="one that opens none",
-        )
-    return slot
