@@ -69,6 +69,9 @@ ROWS = {
     "the first blocks": _document(
         [_segment(0, HOT, "in-reencryption"), _segment(HOT, None)], ["0", "1"], ["0"]
     ),
+    "the first blocks below a mapping": _document(
+        [_segment(0, HOT, "in-reencryption"), _segment(HOT, DEVICE_SIZE - START - HOT)], ["0", "1"], ["0"]
+    ),
     "between": _document([_segment(0, HOT), _segment(HOT, None)], ["1"], ["0"]),
     "in the middle": _document(
         [_segment(0, HOT), _segment(HOT, HOT, "in-reencryption"), _segment(2 * HOT, None)],
@@ -96,7 +99,7 @@ def _edited(edit: Callable[[Json], object]) -> Json:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_each_state_that_cryptsetup_writes_is_allowed(name: str) -> None:
-    """As read from a disk while cryptsetup 2.6.1 was at work; otherwise every refusal below would mean nothing."""
+    """As read from a disk while cryptsetup 2.6.1 or 2.7.5 was at work; otherwise every refusal below would mean nothing."""
     read = _read(ROWS[name])
     assert luks2_under_way.is_under_way(read)
     assert luks2_under_way.check(read, DEVICE_SIZE) is read
@@ -209,7 +212,8 @@ FORGERIES: dict[str, tuple[str, Callable[[Json], object]]] = {
     "a size beyond the device": ("luks.area", _at("segments", "1", size=str(DEVICE_SIZE))),
     "a size of no sectors": ("luks.area", _at("segments", "1", size="1")),
     "a first part to the end": ("luks.value", _at("segments", "0", size="dynamic")),
-    "an old part that ends early": ("luks.value", _at("segments", "2", size=str(HOT))),
+    "an old part beyond the device": ("luks.area", _at("segments", "2", size=str(DEVICE_SIZE))),
+    "an old part of no bytes": ("luks.area", _at("segments", "2", size="0")),
     "a sector size of its own": ("luks.value", _at("segments", "2", sector_size=4096)),
     "a sector size that is none": ("luks.value", _all_segments(sector_size=1024)),
     "data before the keyslots' end": (
