@@ -79,8 +79,9 @@ def declare(verb: Callable[[str, Any, str, str], argparse.ArgumentParser]) -> No
         "--reencrypt",
         action="store_true",
         help="first give each volume a new volume key, which the host cannot know; of the old keyslots only that of the"
-        " passphrase or key file given is kept, the others are destroyed; slow. What was interrupted is ended by the same"
-        " command, to be begun anew by the next",
+        " passphrase or key file given is kept, the others are destroyed; slow. The kernel must have loop devices and dm-mirror:"
+        " cryptsetup reads the header from memory, and writes it to memory and disk. What was interrupted is ended by the same"
+        " command, if it is a reencryption of this kind, to be begun anew by the next",
     )
     enrol.add_argument(
         "--undo",

@@ -14,7 +14,7 @@ reencryption, and the passphrase opens that.
 dm-mirror (``handle_errors``) lets nobody go on whose write has not reached both legs: the write waits, and ``Mirror.fail`` has it
 fail. A loop device, unlike dm-linear, does not claim the device: cryptsetup would take it for a volume in use.
 
-Import budget: that of ``keyslots``, and ``mmap``.
+Import budget: that of ``keyslots`` and of ``enrol_volumes``, and ``mmap``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kagimori_agent import keyslots, luks
+from kagimori_agent import keyslots, luks, signals
 from kagimori_agent.enrol_volumes import mapped_name
 from kagimori_protocol import luks2_settle, luks2_under_way
 from kagimori_protocol.errors import DiskError, ImageError, OperatorError
@@ -103,11 +103,11 @@ def mirrored(device: Path, image: Image) -> Iterator[Mirror]:
         )
     name = NAME + image.header.uuid
     with contextlib.ExitStack() as ways_out:
-        digest = None if luks2_under_way.is_under_way(image.header) else _known_as(image.header.uuid)
-        memory = _memory(luks2_settle.rebuilt(image, keyslots.salts(), digest).raw, ways_out)
-        disk = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-        ways_out.callback(os.close, disk)
         try:
+            digest = None if luks2_under_way.is_under_way(image.header) else _known_as(image.header.uuid)
+            memory = _memory(luks2_settle.rebuilt(image, keyslots.salts(), digest).raw, ways_out)
+            disk = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+            ways_out.callback(os.close, disk)
             legs = [_loop(memory, size, 0, ways_out), _loop(disk, size, _DIRECT_IO, ways_out)]
             table = (
                 f"0 {size // SECTOR} mirror core 2 {REGION} nosync 2 {legs[0]} 0 {legs[1]} 0 1 handle_errors"
@@ -129,8 +129,12 @@ def mirrored(device: Path, image: Image) -> Iterator[Mirror]:
         try:
             yield Mirror(path, hold)
         finally:
-            os.close(hold)
-            _write_down(device, _at_rest(os.pread(memory, size, 0), image.device_size), disk)
+            with signals.unheeded():  # it is short, and must be done whole
+                os.close(hold)
+                try:
+                    _write_down(device, _at_rest(os.pread(memory, size, 0), image.device_size), disk)
+                finally:
+                    ways_out.close()
 
 
 def remove_left(root: Path = ROOT) -> None:

@@ -282,7 +282,7 @@ class Stubborn:
 def test_a_cryptsetup_that_waits_for_a_disk_that_takes_no_more_is_ended() -> None:
     """It would wait for ever; and it gets the passphrase once."""
     both = Stubborn()
-    assert reencrypt._messages(both, b"p", both) == b"cannot write"  # type: ignore[arg-type]
+    assert reencrypt._messages(both, b"p", both) == b"cannot write"  # type: ignore[arg-type]  # one double for both
     assert both.given == [b"p", None]
 
 
