@@ -62,7 +62,7 @@ _LOOP_CONFIGURE: Final = 0x4C0A
 _AUTOCLEAR: Final = 4
 _DIRECT_IO: Final = 16
 _CONFIG: Final = struct.Struct("=II 5Q 4I 64s 64s 32s 2Q 64s")
-_TRIES: Final = 20
+_TRIES: Final = 100
 _POLL_S: Final = 0.1
 _BROKEN_LEG: Final = "D"
 
@@ -188,8 +188,10 @@ def _loop(file: int, size: int, flags: int, ways_out: contextlib.ExitStack) -> P
                 fcntl.ioctl(loop, _LOOP_CONFIGURE, config)
             except OSError as error:
                 os.close(loop)
-                if error.errno not in {errno.EBUSY, errno.EWOULDBLOCK}:  # somebody was faster
+                # Somebody was faster, or udev looks at a device that was only just made.
+                if error.errno not in {errno.EBUSY, errno.EWOULDBLOCK}:
                     raise
+                time.sleep(_POLL_S)
                 continue
             ways_out.callback(_await_gone, path)
             ways_out.callback(os.close, loop)

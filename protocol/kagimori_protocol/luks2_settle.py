@@ -74,6 +74,10 @@ def _tidied(header: LuksHeader) -> dict[str, Any] | None:
     for slot in named:
         if isinstance(slot, str):
             keyslots.pop(slot, None)
+    tokens = document.get("tokens")
+    for token in tokens.values() if isinstance(tokens, dict) else ():
+        if isinstance(token, dict) and isinstance(token.get("keyslots"), list):
+            token["keyslots"] = [slot for slot in token["keyslots"] if slot not in named]
     document["digests"] = {"0": used[0]}
     return document
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import subprocess
@@ -253,6 +254,24 @@ def test_a_loop_device_shows_what_is_in_memory_and_goes_with_its_last_user() -> 
         backing = Path("/sys/class/block") / path.name / "loop/backing_file"
         assert backing.exists()
     assert not backing.exists()
+
+
+@pytest.mark.usefixtures("loops")
+def test_a_loop_device_that_udev_looks_at_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Just made, each is looked at: a boot in which the module was only now loaded found all of them in use."""
+    left = [BlockingIOError(11, "Resource temporarily unavailable")] * 30
+    real = fcntl.flock
+
+    def flock(file: int, how: int) -> None:
+        if left:
+            raise left.pop()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(header_mirror, "_POLL_S", 0.001)
+    with ExitStack() as ways_out:
+        file = header_mirror._memory(JUDGED, ways_out)
+        assert header_mirror._loop(file, SIZE, 0, ways_out).read_bytes() == JUDGED
 
 
 class Stubborn:
