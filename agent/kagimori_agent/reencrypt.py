@@ -20,7 +20,7 @@ import stat
 import subprocess
 from typing import TYPE_CHECKING, Final
 
-from kagimori_agent import header_mirror, keyslots, signals
+from kagimori_agent import enrol_volumes, header_mirror, keyslots, signals
 from kagimori_agent.luks import ENVIRONMENT, cryptsetup
 from kagimori_protocol import luks2_settle, luks2_under_way
 from kagimori_protocol.errors import DiskError, OperatorError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 RESILIENCE: Final = ("--resilience", "checksum")
 """Each block that is being changed has a checksum in the header first, so that a crash in it is repaired."""
+_REENCRYPT: Final = ("reencrypt", *RESILIENCE)
 NEW_KEY_SINCE_2_8: Final = "--new-volume-key-file"
 """Before, ``--volume-key-file`` named the new key; since then it names the key that the volume has."""
 NEW_KEY_BEFORE: Final = "--volume-key-file"
@@ -98,7 +99,7 @@ def reencrypt(device: Path, passphrase: bytes, say: Callable[[str], None]) -> by
     try:
         os.write(writer, key)  # so few bytes fit any pipe
         os.close(writer)
-        words = ["--key-slot", slot, *_new_key_option(), f"/proc/self/fd/{reader}"]
+        words = [*_REENCRYPT, "--key-slot", slot, *_new_key_option(), f"/proc/self/fd/{reader}"]
         _run(device, image, passphrase, words, (reader,))
     finally:
         os.close(reader)
@@ -112,16 +113,29 @@ def end_begun(device: Path, passphrase: bytes, say: Callable[[str], None]) -> bo
     What is under way is what the header says, and the host writes that: it is judged before cryptsetup does as it says.
     """
     tidy(device)
-    with keyslots.opened(device) as disk:
-        image = luks2_under_way.load(disk.read, disk.size)
+    image = _under_way(device)
     if image is None:
         return False
     say(
         f"{device}: a reencryption that somebody had begun goes on; the VM must not reboot before it has ended"
     )
-    _run(device, image, passphrase, ["--resume-only"], ())
+    # Below a mapping in use it was repaired when that was made. cryptsetup does not resume before.
+    if luks2_under_way.is_below_way(image.header) and enrol_volumes.mapped_name(image.header.uuid) is None:
+        _run(device, image, passphrase, ["repair"], ())
+        image = _under_way(device)
+    if image is not None and not luks2_under_way.is_written(image.header):
+        _run(device, image, passphrase, [*_REENCRYPT, "--resume-only"], ())
     say(f"{device}: a reencryption that somebody had begun is ended")
     return True
+
+
+def _under_way(device: Path) -> Image | None:
+    """Read the header of a volume that is being reencrypted, judged, or None; end it where nothing but the header is left."""
+    with keyslots.opened(device) as disk:
+        image = luks2_under_way.load(disk.read, disk.size)
+        if image is not None and luks2_under_way.is_written(image.header):
+            disk.put(luks2_settle.ended(image, keyslots.salts()), "Run the same command again.")
+    return image
 
 
 def tidy(device: Path) -> None:
@@ -154,8 +168,7 @@ def require_possible(device: Path) -> None:
 
 def _run(device: Path, image: Image, passphrase: bytes, words: list[str], pass_fds: tuple[int, ...]) -> None:
     """Let cryptsetup work on a volume by the header that was judged, and by no other. Raises DiskError, ImageError."""
-    command = [str(cryptsetup()), "reencrypt", "--batch-mode", "--type", "luks2", *RESILIENCE, *words]
-    command += ["--key-file", "-"]
+    command = [str(cryptsetup()), *words, "--batch-mode", "--type", "luks2", "--key-file", "-"]
     if stat.S_ISBLK(_mode(device)):
         with header_mirror.mirrored(device, image) as mirror:
             command += ["--header", str(mirror.path), str(device)]
@@ -166,7 +179,7 @@ def _run(device: Path, image: Image, passphrase: bytes, words: list[str], pass_f
     with keyslots.opened(device) as disk:
         judged = luks2_settle.rebuilt(image, keyslots.salts())
         disk.put(luks2_settle.settled(judged), "Run the same command again.")
-    command += ["--force-offline-reencrypt", str(device)]
+    command += [*(["--force-offline-reencrypt"] if words[0] == "reencrypt" else []), str(device)]
     _require_ended(device, _watched(command, passphrase, pass_fds, None))
     tidy(device)
 

@@ -18,6 +18,8 @@ from kagimori_protocol.luks2_layout import LuksHeader, build, copies
 _DIGITS: Final = 19
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from kagimori_protocol.luks2_change import Pieces, Read, Salts
 
 
@@ -31,10 +33,35 @@ def tidied(read: Read, device_size: int, salts: Salts) -> Pieces:
     newest = max(found, key=lambda one: one.seqid) if found else None
     if newest is None or (document := _tidied(newest)) is None:
         return ()
-    header = check(replace(newest, json=document, seqid=newest.seqid + 1, offset=0), device_size)
-    raw = build(header, salts)
     whole = {one.offset for one in found if replace(one, offset=newest.offset) == newest}
-    gone = [one for name, one in newest.json["keyslots"].items() if name not in document["keyslots"]]
+    return _rewritten(newest, document, whole, device_size, salts)
+
+
+def ended(image: Image, salts: Salts) -> Pieces:
+    """Plan the end of a reencryption whose data are all written, as a judged header says (``luks2_under_way.is_written``).
+
+    cryptsetup does the same in several writes. Cut off between them it may not find its way: without the old key's keyslots it
+    opens nothing, and with them it may take all data for not written yet. Raises DiskError.
+    """
+    document: dict[str, Any] = json.loads(json.dumps(image.header.json))
+    segments = document["segments"]
+    final = str(len(segments) - 1)
+    (digest,) = (one for one in document["digests"].values() if final in one["segments"])
+    document["digests"] = {"0": {**digest, "segments": ["0"]}}
+    document["segments"] = {"0": {name: said for name, said in segments[final].items() if name != "flags"}}
+    gone = [name for name in document["keyslots"] if name not in digest["keyslots"]]
+    _drop(document, gone)
+    del document["config"]["requirements"]
+    return _rewritten(image.header, document, image.whole, image.device_size, salts)
+
+
+def _rewritten(
+    before: LuksHeader, document: dict[str, Any], whole: Container[int], device_size: int, salts: Salts
+) -> Pieces:
+    """Plan both copies anew, the one first that is not ``whole``, and the areas of keyslots that are gone."""
+    header = check(replace(before, json=document, seqid=before.seqid + 1, offset=0), device_size)
+    raw = build(header, salts)
+    gone = [one for name, one in before.json["keyslots"].items() if name not in document["keyslots"]]
     order = sorted((0, header.size), key=lambda at: (at in whole, at == 0))
     return (*((at, raw[at : at + header.size]) for at in order), *_wiped(header, gone))
 
@@ -71,15 +98,20 @@ def _tidied(header: LuksHeader) -> dict[str, Any] | None:
     if len(used) != 1:
         return None
     named = [slot for one in unused if isinstance(one.get("keyslots"), list) for slot in one["keyslots"]]
-    for slot in named:
+    _drop(document, named)
+    document["digests"] = {"0": used[0]}
+    return document
+
+
+def _drop(document: dict[str, Any], slots: list[Any]) -> None:
+    """Take keyslots out of a header, and out of its tokens."""
+    for slot in slots:
         if isinstance(slot, str):
-            keyslots.pop(slot, None)
+            document["keyslots"].pop(slot, None)
     tokens = document.get("tokens")
     for token in tokens.values() if isinstance(tokens, dict) else ():
         if isinstance(token, dict) and isinstance(token.get("keyslots"), list):
-            token["keyslots"] = [slot for slot in token["keyslots"] if slot not in named]
-    document["digests"] = {"0": used[0]}
-    return document
+            token["keyslots"] = [slot for slot in token["keyslots"] if slot not in slots]
 
 
 def _wiped(header: LuksHeader, gone: list[Any]) -> Pieces:

@@ -108,6 +108,19 @@ def is_under_way(header: LuksHeader) -> bool:
     return isinstance(mandatory, list) and any(str(one).startswith(_MARK) for one in mandatory)
 
 
+def is_written(header: LuksHeader) -> bool:
+    """Tell whether all data is under the new key by what a judged header says: only the header is left to be ended."""
+    segments, digests = header.json["segments"], header.json["digests"]
+    final = str(len(segments) - 1)
+    (new,) = (one for one in digests.values() if final in one["segments"])
+    return len(segments) == 1 + _BACKUPS and "flags" not in segments["0"] and "0" in new["segments"]
+
+
+def is_below_way(header: LuksHeader) -> bool:
+    """Tell whether blocks were being changed as a judged header was written: after a crash they are to be repaired."""
+    return any(segment.get("flags") == [_BELOW_WAY] for segment in header.json["segments"].values())
+
+
 def check(header: LuksHeader, device_size: int) -> LuksHeader:
     """Return the header if all that it says is allowed. ``device_size`` is in bytes. Raises DiskError, naming what is not."""
     top = members(header.json, "the header", {"keyslots", "tokens", "segments", "digests", "config"})
