@@ -168,7 +168,7 @@ def require_possible(device: Path) -> None:
 
 def _run(device: Path, image: Image, passphrase: bytes, words: list[str], pass_fds: tuple[int, ...]) -> None:
     """Let cryptsetup work on a volume by the header that was judged, and by no other. Raises DiskError, ImageError."""
-    command = [str(cryptsetup()), *words, "--batch-mode", "--type", "luks2", "--key-file", "-"]
+    command = [str(cryptsetup()), words[0], "--batch-mode", "--type", "luks2", *words[1:], "--key-file", "-"]
     if stat.S_ISBLK(_mode(device)):
         with header_mirror.mirrored(device, image) as mirror:
             command += ["--header", str(mirror.path), str(device)]
