@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from tests.fuzz import inputs
 from tests.fuzz.targets.names import load
@@ -98,18 +100,12 @@ def fuzz(name: str, seconds: int, seed: int, say: Callable[[str], None], every_s
     with tempfile.TemporaryDirectory(prefix="kagimori-fuzz-") as seeds, log.open("w") as output:
         write_seeds(name, Path(seeds))
         words = [sys.executable, "-m", "tests.fuzz.engine", name, str(corpus_of(name)), seeds]
-        process = subprocess.Popen(
-            words + flags(name, seconds, seed),
-            cwd=ROOT,
-            env=os.environ | {"TSS2_LOG": "all+none"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        process = started_small(words + flags(name, seconds, seed), output)
         try:
             code = _watched(process, name, log, started + seconds + GRACE_S, say, every_s)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     text = log.read_text(errors="replace")
     found = tuple(sorted(set(findings_of(name).iterdir()) - before))
@@ -124,6 +120,23 @@ def fuzz(name: str, seconds: int, seed: int, say: Callable[[str], None], every_s
         seconds=time.monotonic() - started,
         findings=found,
         trouble="" if done and code == 0 else _end_of(text, code),
+    )
+
+
+def started_small(command: list[str], output: IO[str]) -> subprocess.Popen[bytes]:
+    """Start a fuzzer as a child of a shell, in a process group of its own.
+
+    Linux counts what a process was before exec as memory that it has had (ru_maxrss), and libFuzzer's limit is for that: the
+    child of a test runner would begin with the memory of that. A shell has little.
+    """
+    return subprocess.Popen(
+        ["sh", "-c", '"$@"; exit $?', "sh", *command],
+        cwd=ROOT,
+        env=os.environ | {"TSS2_LOG": "all+none"},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 

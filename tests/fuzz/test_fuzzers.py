@@ -21,6 +21,15 @@ needs_atheris = pytest.mark.skipif(
 )
 
 
+def test_a_fuzzer_does_not_begin_with_the_memory_of_whoever_starts_it(tmp_path: Path) -> None:
+    """A test runner that has grown would have libFuzzer end every run as out of memory."""
+    held = bytearray(b"x") * (256 << 20)
+    program = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    with (tmp_path / "output").open("w") as output:
+        assert campaign.started_small([sys.executable, "-c", program], output).wait(60) == 0
+    assert int((tmp_path / "output").read_text()) < len(held) >> 11, "KiB: half of what is held here"
+
+
 @needs_atheris
 @pytest.mark.slow
 def test_a_planted_fault_is_found_told_and_repeated(
