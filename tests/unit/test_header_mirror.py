@@ -336,12 +336,13 @@ def test_a_block_device_where_the_kernel_has_no_mirror_is_not_reencrypted(
     monkeypatch.setattr(reencrypt, "_mode", lambda _: stat.S_IFBLK)
     monkeypatch.setattr(reencrypt, "_watched", lambda *_: pytest.fail("cryptsetup was started"))
     with pytest.raises(ImageError) as caught:
-        reencrypt._run(device, _image(), b"p", [], ())
+        reencrypt._run(device, _image(), b"p", ["reencrypt"], ())
     assert caught.value.code == "enrol.reencrypt-header"
 
 
+@pytest.mark.parametrize("verb", ["reencrypt", "repair"])
 def test_a_block_device_is_given_its_header_by_the_mirror_alone(
-    kernel: Kernel, device: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: Kernel, device: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     """T1: not once does it read the disk's."""
     seen: list[str] = []
@@ -351,12 +352,13 @@ def test_a_block_device_is_given_its_header_by_the_mirror_alone(
     def run(command: list[str], _: bytes, pass_fds: tuple[int, ...], mirror: object) -> object:
         assert isinstance(mirror, header_mirror.Mirror)
         assert pass_fds == (mirror.hold,)
+        assert command[1] == verb
         seen.append(" ".join(command[-3:]))
         assert "--force-offline-reencrypt" not in command
         return subprocess.CompletedProcess(command, 0, b"", b"")
 
     monkeypatch.setattr(reencrypt, "_watched", run)
-    reencrypt._run(device, _image(), b"p", [], ())
+    reencrypt._run(device, _image(), b"p", [verb], ())
     path = kernel.directory / NAME
     assert seen == [f"--header {path} {device}"]
     assert kernel.done == SET_UP + TAKEN_DOWN
