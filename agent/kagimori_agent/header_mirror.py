@@ -244,7 +244,7 @@ def _write_down(device: Path, raw: bytes, disk: int) -> None:
             code="enrol.write",
             expected="a device that can be written",
             found=str(error.strerror),
-            todo="The passphrase opens it as before. Run the same command again: it ends what was begun.",
+            todo="Run the same command again: it ends what was begun. Do that before the machine goes down.",
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Give volumes new volume keys: what their host may have kept of the old ones opens nothing any more.
 
-cryptsetup does it, below a mapping that is in use (online), or on a volume that nothing has opened. It keeps, at every moment,
-a header by which the passphrase opens the volume. All other keyslots are gone afterwards: they hold the old volume key. So
+cryptsetup does it, below a mapping that is in use (online), or on a volume that nothing has opened. It keeps a header by which the
+passphrase opens the volume, but for a moment among its last writes, after which only the next run opens it. All other keyslots are gone afterwards: they hold the old volume key. So
 this comes before an enrolment and not after one; while it runs, and until it has ended, an agent refuses the header
 (``luks.requirements``), as an unfinished reencryption is a way to have data decrypted that nobody wanted to be
 (CVE-2021-4122).
@@ -123,19 +123,19 @@ def end_begun(device: Path, passphrase: bytes, say: Callable[[str], None]) -> bo
     if luks2_under_way.is_below_way(image.header) and enrol_volumes.mapped_name(image.header.uuid) is None:
         _run(device, image, passphrase, ["repair"], ())
         image = _under_way(device)
-    if image is not None and not luks2_under_way.is_written(image.header):
+    if image is not None and luks2_under_way.is_written(image.header):
+        with keyslots.opened(device) as disk:
+            disk.put(luks2_settle.ended(image, keyslots.salts()), "Run the same command again.")
+    elif image is not None:
         _run(device, image, passphrase, [*_REENCRYPT, "--resume-only"], ())
     say(f"{device}: a reencryption that somebody had begun is ended")
     return True
 
 
 def _under_way(device: Path) -> Image | None:
-    """Read the header of a volume that is being reencrypted, judged, or None; end it where nothing but the header is left."""
+    """Read and judge the header of a volume that is being reencrypted; None if it is not."""
     with keyslots.opened(device) as disk:
-        image = luks2_under_way.load(disk.read, disk.size)
-        if image is not None and luks2_under_way.is_written(image.header):
-            disk.put(luks2_settle.ended(image, keyslots.salts()), "Run the same command again.")
-    return image
+        return luks2_under_way.load(disk.read, disk.size)
 
 
 def tidy(device: Path) -> None:
@@ -226,7 +226,7 @@ def _require_ended(device: Path, done: subprocess.CompletedProcess[bytes]) -> No
             code="enrol.reencrypt",
             expected="cryptsetup to end it",
             found=keyslots.words(done),
-            todo="The passphrase opens it as before. Run the same command again: it ends what was begun.",
+            todo="Run the same command again: it ends what was begun. Do that before the machine goes down.",
         )
 
 
